@@ -1,0 +1,68 @@
+"""TrinityX in JAX: task-vector experts and calibrated routing inside a LLaMA-family Transformer."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from trinityx_jax.api import forward, init_router
+    from trinityx_jax.backbone import Backbone, BackboneConfig
+    from trinityx_jax.convert.load import load_backbone
+    from trinityx_jax.errors import UserError
+    from trinityx_jax.experts import TaskVector, gamma, merge
+    from trinityx_jax.generation import Sampling, generate
+    from trinityx_jax.mocae import MoCaEConfig, Router
+    from trinityx_jax.runs import load_experts, load_router, save_expert, save_router
+
+# Loaded on first use, so that the core rooms import with nothing but jax, flax and numpy.
+_HOME = {
+    "Backbone": "backbone",
+    "BackboneConfig": "backbone",
+    "MoCaEConfig": "mocae",
+    "Router": "mocae",
+    "Sampling": "generation",
+    "TaskVector": "experts",
+    "UserError": "errors",
+    "forward": "api",
+    "gamma": "experts",
+    "generate": "generation",
+    "init_router": "api",
+    "load_backbone": "convert.load",
+    "load_experts": "runs",
+    "load_router": "runs",
+    "merge": "experts",
+    "save_expert": "runs",
+    "save_router": "runs",
+}
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "MoCaEConfig",
+    "Router",
+    "Sampling",
+    "TaskVector",
+    "UserError",
+    "forward",
+    "gamma",
+    "generate",
+    "init_router",
+    "load_backbone",
+    "load_experts",
+    "load_router",
+    "merge",
+    "save_expert",
+    "save_router",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'trinityx_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"trinityx_jax.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

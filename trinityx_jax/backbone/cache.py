@@ -1,0 +1,40 @@
+"""Key/value cache for decoding. Prompts are left-padded, so every row writes the same slot."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from trinityx_jax.backbone.config import BackboneConfig
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values [L,B,T,K,N], which slots hold real tokens [B,T], and slots used so far []."""
+
+    keys: jax.Array
+    values: jax.Array
+    filled: jax.Array
+    length: jax.Array
+
+    def extended(self, keys: jax.Array, values: jax.Array, mask: jax.Array) -> Cache:
+        """With the new positions' keys and values [L,B,S,K,N] written at the next slots."""
+        put = jax.lax.dynamic_update_slice_in_dim
+        return Cache(
+            keys=put(self.keys, keys.astype(self.keys.dtype), self.length, axis=2),
+            values=put(self.values, values.astype(self.values.dtype), self.length, axis=2),
+            filled=put(self.filled, mask, self.length, axis=1),
+            length=self.length + keys.shape[2],
+        )
+
+
+def empty_cache(config: BackboneConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """A cache for ``slots`` positions in all, prompt and answer together."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    return Cache(
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
+        filled=jnp.zeros((batch, slots), bool),
+        length=jnp.zeros((), jnp.int32),
+    )

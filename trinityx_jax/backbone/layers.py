@@ -1,0 +1,87 @@
+"""The decoder's mathematics as plain functions on arrays.
+
+Shapes: B batch, S sequence, T key positions, D hidden, F feed-forward, H query heads, K key/value
+heads, N head size, V vocabulary. ``weights`` are dicts with ``kernel`` and, where the model has
+one, ``bias``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from trinityx_jax.backbone.attention import dot_product_attention
+
+Weights = Mapping[str, jax.Array]
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu}
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32; the scale applies in x's dtype."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def linear(weights: Weights, x: jax.Array) -> jax.Array:
+    """``x @ kernel + bias`` in x's dtype: [..., in] -> [..., out]."""
+    y = x @ weights["kernel"].astype(x.dtype)
+    if "bias" in weights:
+        y = y + weights["bias"].astype(x.dtype)
+    return y
+
+
+def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B,S,1,N/2] in float32 for token positions [B,S]."""
+    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * inverse
+    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding in Hugging Face's half-split layout: pairs are (i, i + N/2). x [B,S,H,N]."""
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attention(
+    weights: Mapping[str, Weights],
+    u: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    mask: jax.Array,
+    head_dim: int,
+    cached: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Grouped-query self-attention.
+
+    Args:
+        weights: ``q``, ``k``, ``v``, ``o``.
+        u: normed input [B,S,D].
+        mask: [B,S,T], True where a query may look.
+        cached: keys and values of earlier positions [B,T,K,N] and the slot where ours go.
+
+    Returns:
+        the output [B,S,D], and this call's keys and values [B,S,K,N].
+    """
+    batch, length, _ = u.shape
+
+    def heads(name: str) -> jax.Array:
+        return linear(weights[name], u).reshape(batch, length, -1, head_dim)
+
+    q, k, v = rotate(heads("q"), *rotary), rotate(heads("k"), *rotary), heads("v")
+    keys, values = k, v
+    if cached is not None:
+        old_k, old_v, slot = cached
+        keys = jax.lax.dynamic_update_slice_in_dim(old_k, k.astype(old_k.dtype), slot, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(old_v, v.astype(old_v.dtype), slot, axis=1)
+    out = dot_product_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
+    return linear(weights["o"], out.reshape(batch, length, -1)), (k, v)
+
+
+def feed_forward(weights: Mapping[str, Weights], u: jax.Array, activation: str) -> jax.Array:
+    """Gated feed-forward: W_d(act(W_g u) * (W_u u)), [B,S,D] -> [B,S,D]."""
+    act = ACTIVATION_FUNCTIONS[activation]
+    return linear(weights["down"], act(linear(weights["gate"], u)) * linear(weights["up"], u))

@@ -1,0 +1,203 @@
+"""The decoder: embedding, scanned blocks, norm, logits.
+
+The Linen modules only declare parameters and their logical axes; ``layers`` computes. The
+feed-forward is a function handed in from outside, so this room knows nothing of experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from trinityx_jax.backbone import layers
+from trinityx_jax.backbone.cache import Cache
+from trinityx_jax.backbone.config import BackboneConfig
+
+Params = Mapping[str, Any]
+# (mlp weights, residual h [B,S,D], normed u [B,S,D], this layer's inputs) -> (new residual, aux)
+FeedForward = Callable[[Mapping[str, Any], jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A loaded base model: geometry, parameters, tokenizer, and a digest that identifies it.
+
+    ``tokenizer`` is a transformers tokenizer, or None where the source has none.
+    ``extras`` holds what only an export needs (the source's generation config, licence, name).
+    """
+
+    config: BackboneConfig
+    params: Params
+    tokenizer: Any = None
+    fingerprint: str = ""
+    extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def base_feed_forward(config: BackboneConfig) -> FeedForward:
+    """The base model's own feed-forward with its residual connection."""
+
+    def apply(weights: Mapping[str, Any], h: jax.Array, u: jax.Array, _: Any) -> tuple[jax.Array, None]:
+        return h + layers.feed_forward(weights, u, config.activation), None
+
+    return apply
+
+
+class Linear(nn.Module):
+    """Declares ``kernel`` [in, out] and optionally ``bias`` [out]; returns them."""
+
+    shape: tuple[int, int]
+    axes: tuple[str, str]
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
+        weights: dict[str, Any] = {"kernel": self.param("kernel", init, self.shape, jnp.float32)}
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            weights["bias"] = self.param("bias", zeros, self.shape[1:], jnp.float32)
+        return weights
+
+
+class Norm(nn.Module):
+    """Declares ``scale`` [D]; returns it."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale: Any = self.param("scale", init, (self.size,), jnp.float32)
+        return scale
+
+
+class Block(nn.Module):
+    """One decoder layer. The carry is the residual stream h [B,S,D]."""
+
+    config: BackboneConfig
+    feed_forward: FeedForward
+
+    @nn.compact
+    def __call__(self, h: jax.Array, layer: dict[str, Any], shared: dict[str, Any]) -> tuple[jax.Array, Any]:
+        c = self.config
+        d, f, n, wide = c.hidden_size, c.intermediate_size, c.num_kv_heads * c.head_dim, c.num_heads * c.head_dim
+        attn = {
+            "q": Linear((d, wide), ("embed", "heads"), c.attention_bias, name="q")(),
+            "k": Linear((d, n), ("embed", "kv_heads"), c.attention_bias, name="k")(),
+            "v": Linear((d, n), ("embed", "kv_heads"), c.attention_bias, name="v")(),
+            "o": Linear((wide, d), ("heads", "embed"), c.attention_bias, name="o")(),
+        }
+        mlp = {
+            "gate": Linear((d, f), ("embed", "mlp"), c.mlp_bias, name="gate")(),
+            "up": Linear((d, f), ("embed", "mlp"), c.mlp_bias, name="up")(),
+            "down": Linear((f, d), ("mlp", "embed"), c.mlp_bias, name="down")(),
+        }
+        with jax.named_scope("attention"):
+            u = layers.rms_norm(h, Norm(d, name="attn_norm")(), c.rms_norm_eps)
+            cached = None
+            if "cache" in layer:
+                cached = (*layer["cache"], shared["slot"])
+            y, new = layers.attention(attn, u, shared["rotary"], shared["mask"], c.head_dim, cached)
+            h = h + y
+        with jax.named_scope("feed_forward"):
+            u = layers.rms_norm(h, Norm(d, name="mlp_norm")(), c.rms_norm_eps)
+            h, aux = self.feed_forward(mlp, h, u, layer.get("inputs"))
+        return h, {"kv": new if "cache" in layer else None, "aux": aux}
+
+
+class Decoder(nn.Module):
+    """Token ids to the final normed hidden states; logits are a separate, cheaper-to-skip step."""
+
+    config: BackboneConfig
+    feed_forward: FeedForward
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,  # [B,S]
+        mask: jax.Array,  # [B,S]
+        inputs: Any = None,  # pytree of [L,...], one slice a layer for the feed-forward
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Any, Cache | None]:
+        c = self.config
+        table = _Embedding((c.vocab_size, c.hidden_size), name="embed")()
+        if not c.tie_embeddings:
+            Linear((c.hidden_size, c.vocab_size), ("embed", "vocab"), name="lm_head")()
+        h = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        shared, layer = _attention_inputs(c, mask, cache)
+        layer["inputs"] = inputs
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        h, out = scanned(c, self.feed_forward, name="blocks")(h, layer, shared)
+        h = layers.rms_norm(h, Norm(c.hidden_size, name="norm")(), c.rms_norm_eps)
+        if cache is not None:
+            keys, values = out["kv"]
+            cache = cache.extended(keys, values, mask)
+        return h, out["aux"], cache
+
+
+class _Embedding(nn.Module):
+    shape: tuple[int, int]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        embedding: Any = self.param("embedding", init, self.shape, jnp.float32)
+        return embedding
+
+
+def _attention_inputs(config: BackboneConfig, mask: jax.Array, cache: Cache | None) -> tuple[dict, dict]:
+    """What every layer shares (rotary tables, the [B,S,T] mask) and what it gets a slice of."""
+    length = mask.shape[1]
+    mask = mask.astype(bool)
+    if cache is None:
+        seen, before = mask, jnp.zeros((), jnp.int32)
+    else:
+        seen = jax.lax.dynamic_update_slice_in_dim(cache.filled, mask, cache.length, axis=1)
+        before = cache.length
+    # positions count real tokens, so that padding on either side changes nothing
+    position = jnp.maximum(jnp.cumsum(seen, axis=1) - 1, 0)
+    position = jax.lax.dynamic_slice_in_dim(position, before, length, axis=1)
+    query, key = before + jnp.arange(length), jnp.arange(seen.shape[1])
+    allowed = seen[:, None, :] & (key[None, :] <= query[:, None])[None]
+    rotary = layers.rotary_tables(position, config.head_dim, config.rope_theta)
+    shared = {"rotary": rotary, "mask": allowed, "slot": before}
+    return shared, {} if cache is None else {"cache": (cache.keys, cache.values)}
+
+
+def unembed(params: Params, config: BackboneConfig, hidden: jax.Array) -> jax.Array:
+    """Hidden states [...,D] to float32 logits [...,V]."""
+    if config.tie_embeddings:
+        table = params["embed"]["embedding"].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
+    return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def abstract_params(config: BackboneConfig) -> Any:
+    """Shapes and logical axes of the whole tree, without allocating it."""
+    decoder = Decoder(config, base_feed_forward(config))
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return jax.eval_shape(decoder.init, jax.random.key(0), tokens, jnp.ones((1, 2), bool))["params"]
+
+
+def init_params(config: BackboneConfig, seed: int = 0) -> Params:
+    """Random parameters (tests, benchmarks)."""
+    decoder = Decoder(config, base_feed_forward(config))
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    variables = decoder.init(jax.random.key(seed), tokens, jnp.ones((1, 2), bool))
+    return nn.unbox(variables["params"])

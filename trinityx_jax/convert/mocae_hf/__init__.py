@@ -1,0 +1,1 @@
+"""The PyTorch modelling file that ships inside an exported MoCaE model; importing this package loads no torch."""

@@ -1,0 +1,281 @@
+"""TrinityX for Hugging Face transformers (>= 5): a LLaMA whose feed-forwards are mixtures of calibrated experts.
+
+Every expert is a low-rank delta on the feed-forward's linear sites, W^i = W + scale_i * a_i b_i. In each
+layer a router weighs the experts per token:
+
+    pi    = softmax((W_r u + b_r) / temperature)            u: the feed-forward's normed input
+    alpha = pi * gamma, renormalised unless mixture_weight is "product"
+    y     = sum_i alpha_i FFN_i(u)
+
+The base's gate and up projections are the same for all experts and its down projection is linear, so three
+base matmuls serve any number of experts. Routing, alpha and the sum over experts are in float32 whatever
+the model's dtype. Shapes: B batch, S sequence, L layers, E experts, R rank, D hidden, F feed-forward.
+
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    model(**inputs, output_routing=True).routing            # pi, [B,S,L,E]
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
+from transformers.utils import can_return_tuple
+
+SITES = ("gate", "up", "down")
+CHOICES = {
+    "router_scope": ("layer", "shared"),
+    "mixture_weight": ("convex", "product", "anchored"),
+    "mixture_mixing": ("outputs", "weights"),
+    "mixture_output": ("prenorm", "gated", "layernorm"),
+}
+NORM_EPS = 1e-5
+
+
+class TrinityXConfig(LlamaConfig):
+    """LlamaConfig plus the experts and the readings of the mixture.
+
+    expert_names: in the order of the E axis.
+    expert_ranks: {site: R} for the sites that hold deltas, of "gate", "up" and "down".
+    router_scope: "layer", or "shared" (one router, stored in every layer).
+    router_top_k: experts kept per token; None keeps all.
+    mixture_weight: "convex" renormalises alpha; "product" does not; "anchored" is FFN_0 + sum alpha (FFN_i - FFN_0).
+    mixture_mixing: "outputs" of the experts, or "weights": their deltas inside each projection.
+    mixture_output: "prenorm" h + y; "layernorm" LN(h + y); "gated" h + y + g (LN(h + y) - (h + y)).
+    mixture_dropout: on the mixture's output, in training only.
+
+    Raises:
+        ValueError: a reading is not one of its choices, or the experts are not described.
+    """
+
+    model_type = "trinityx"
+    # The feed-forward is not split: the deltas need its full width.
+    base_model_tp_plan = {  # noqa: RUF012 (transformers declares it so)
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
+
+    expert_names: list[str] | None = None
+    expert_ranks: dict[str, int] | None = None
+    router_scope: str = "layer"
+    router_top_k: int | None = None
+    mixture_weight: str = "convex"
+    mixture_mixing: str = "outputs"
+    mixture_output: str = "prenorm"
+    mixture_dropout: float = 0.0
+
+    def __post_init__(self, **kwargs):
+        self.expert_names = list(self.expert_names or [])
+        self.expert_ranks = dict(self.expert_ranks or {})
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if set(self.expert_ranks) - set(SITES):
+            raise ValueError(f"expert_ranks names sites other than {', '.join(SITES)}")
+        if self.mixture_weight == "anchored" and self.mixture_mixing == "weights":
+            raise ValueError("mixture_weight 'anchored' does not apply to mixture_mixing 'weights'")
+        super().__post_init__(**kwargs)
+
+
+class TrinityXSite(nn.Module):
+    """All experts' deltas of one linear site: a [E,in,R], b [E,R,out], scale [E]."""
+
+    def __init__(self, experts: int, size_in: int, rank: int, size_out: int):
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(experts, size_in, rank))
+        self.b = nn.Parameter(torch.zeros(experts, rank, size_out))
+        self.scale = nn.Parameter(torch.ones(experts))
+
+    def low(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """One expert's input in its low-rank space: [B,S,in] -> [B,S,R]."""
+        return (x @ self.a[expert]) * self.scale[expert].to(x.dtype)
+
+    def delta(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """One expert's delta: [B,S,in] -> [B,S,out]."""
+        return self.low(expert, x) @ self.b[expert]
+
+    def weighted(self, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        """The sum over experts of alpha [B,S,E] times delta: [B,S,in] -> [B,S,out]."""
+        low = torch.einsum("bsi,eir->bser", x, self.a) * (alpha * self.scale)[..., None].to(x.dtype)
+        return torch.einsum("bser,ero->bso", low, self.b)
+
+
+class TrinityXRouter(nn.Module):
+    """One layer's router: weight [E,D], bias, gamma and temperature [E], all float32."""
+
+    def __init__(self, config: TrinityXConfig):
+        super().__init__()
+        count = len(config.expert_names)
+        self.top_k = config.router_top_k
+        self.normalise = config.mixture_weight != "product"
+        self.weight = nn.Parameter(torch.zeros(count, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(count))
+        self.gamma = nn.Parameter(torch.full((count,), 1.0 / max(count, 1)))
+        self.temperature = nn.Parameter(torch.ones(count))
+
+    def forward(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """pi and alpha [B,S,E] in float32 for u [B,S,D]."""
+        scaled = F.linear(u.float(), self.weight.float(), self.bias.float()) / self.temperature.float()
+        if self.top_k is not None:  # of equal logits the first expert's is kept
+            dropped = scaled.argsort(dim=-1, descending=True, stable=True)[..., self.top_k :]
+            scaled = scaled.scatter(-1, dropped, float("-inf"))
+        pi = scaled.softmax(dim=-1)
+        alpha = pi * self.gamma.float()
+        return pi, alpha / alpha.sum(dim=-1, keepdim=True) if self.normalise else alpha
+
+
+class TrinityXFeedForward(LlamaMLP):
+    """The mixture: the base's three projections, the experts' deltas, the router and the output reading."""
+
+    def __init__(self, config: TrinityXConfig):
+        super().__init__(config)
+        wide = (config.hidden_size, config.intermediate_size)
+        self.experts = nn.ModuleDict()
+        for site, rank in config.expert_ranks.items():
+            size_in, size_out = wide[::-1] if site == "down" else wide
+            self.experts[site] = TrinityXSite(len(config.expert_names), size_in, rank, size_out)
+        self.router = TrinityXRouter(config)
+        if config.mixture_output != "prenorm":
+            self.mixture_norm = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
+        if config.mixture_output == "gated":
+            self.mixture_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, h: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new residual stream [B,S,D] and pi [B,S,E] from the old stream h and its normed form u."""
+        pi, alpha = self.router(u)
+        y = self.mix_weights(u, alpha) if self.config.mixture_mixing == "weights" else self.mix_outputs(u, alpha)
+        return self.output(h, y), pi
+
+    def mix_outputs(self, u: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        """sum_i alpha_i FFN_i(u) with the base's matmuls done once: [B,S,D]."""
+        gate, up = self.gate_proj(u), self.up_proj(u)
+        anchored = self.config.mixture_weight == "anchored"
+        base = self.act_fn(gate) * up
+        mixed = torch.zeros_like(base, dtype=torch.float32)
+        lows = []
+        for expert in range(alpha.shape[-1]):
+            m = self.act_fn(self.adapted("gate", expert, gate, u)) * self.adapted("up", expert, up, u)  # [B,S,F]
+            weight = alpha[..., expert : expert + 1]
+            mixed = mixed + weight * (m - base if anchored else m).float()
+            if "down" in self.experts:
+                lows.append(self.experts["down"].low(expert, (weight * m.float()).to(u.dtype)))
+        mixed = mixed.to(u.dtype)
+        y = self.down_proj(base + mixed if anchored else mixed)
+        if not anchored and self.down_proj.bias is not None:  # every expert carries the bias: it is weighted too
+            y = y + (alpha.sum(dim=-1, keepdim=True) - 1.0).to(u.dtype) * self.down_proj.bias
+        if lows:
+            y = y + torch.cat(lows, dim=-1) @ self.experts["down"].b.flatten(0, 1)
+        return y
+
+    def adapted(self, site: str, expert: int, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The base projection's output y of x with one expert's delta added, where the site has one."""
+        return y + self.experts[site].delta(expert, x) if site in self.experts else y
+
+    def mix_weights(self, u: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        """One feed-forward whose weights are W + sum_i alpha_i dW_i: [B,S,D]."""
+
+        def project(site: str, x: torch.Tensor) -> torch.Tensor:
+            y = getattr(self, f"{site}_proj")(x)
+            return y + self.experts[site].weighted(x, alpha) if site in self.experts else y
+
+        return project("down", self.act_fn(project("gate", u)) * project("up", u))
+
+    def output(self, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The new residual stream from the old one and the mixture's output."""
+        reading, rate = self.config.mixture_output, self.config.mixture_dropout
+        if reading == "prenorm":
+            return h + F.dropout(y, rate, self.training)
+        norm = self.mixture_norm
+        total = (h + y).float()
+        normed = F.layer_norm(total, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        if reading == "layernorm":
+            return F.dropout(normed.to(h.dtype), rate, self.training)
+        correction = y.float() + self.mixture_gate.float() * (normed - total)
+        return h + F.dropout(correction.to(h.dtype), rate, self.training)
+
+
+class TrinityXDecoderLayer(LlamaDecoderLayer):
+    """A LLaMA layer with the mixture as its feed-forward."""
+
+    def __init__(self, config: TrinityXConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.mlp = TrinityXFeedForward(config)
+
+    def forward(self, hidden_states: torch.Tensor, routing: list[torch.Tensor] | None = None, **kwargs) -> torch.Tensor:
+        """[B,S,D] -> [B,S,D]; appends this layer's pi [B,S,E] to ``routing`` where a list is given."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        hidden_states, pi = self.mlp(hidden_states, self.post_attention_layernorm(hidden_states))
+        if routing is not None:
+            routing.append(pi)
+        return hidden_states
+
+
+class TrinityXModel(LlamaModel):
+    """The decoder without its head."""
+
+    config_class = TrinityXConfig
+    _no_split_modules = ["TrinityXDecoderLayer"]  # noqa: RUF012 (transformers declares it so)
+
+    def __init__(self, config: TrinityXConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList([TrinityXDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.post_init()
+
+
+@dataclass
+class TrinityXOutput(CausalLMOutputWithPast):
+    """CausalLMOutputWithPast with ``routing``: pi [B,S,L,E] in float32, or None where not asked for."""
+
+    routing: torch.Tensor | None = None
+
+
+class TrinityXForCausalLM(LlamaForCausalLM):
+    """The decoder with its language-model head."""
+
+    config_class = TrinityXConfig
+    # Calibration is lost in bfloat16: router, output norm and expert scales stay float32.
+    _keep_in_fp32_modules_strict = ["router", "mixture_norm", "mixture_gate", "scale"]  # noqa: RUF012
+
+    def __init__(self, config: TrinityXConfig):
+        super().__init__(config)
+        self.model = TrinityXModel(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_routing: bool = False,
+        **kwargs,
+    ) -> TrinityXOutput:
+        """As LlamaForCausalLM; ``output_routing`` adds ``routing`` [B,S,L,E] for the tokens of this call."""
+        routing: list[torch.Tensor] = []
+        if output_routing:
+            kwargs["routing"] = routing
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **{**kwargs, "return_dict": True},
+        )
+        first = routing[0].device if routing else None
+        stacked = torch.stack([pi.to(first) for pi in routing], dim=2) if routing else None
+        return TrinityXOutput(**output, routing=stacked)
