@@ -1,0 +1,133 @@
+"""Low-rank deltas on the feed-forward's linear sites: declaration, stacking, application.
+
+Shapes: E experts, R rank, L layers; ``experts`` is {site: {"a": [L,E,in,R], "b": [L,E,R,out],
+"scale": [L,E]}}; inside a layer the L axis is gone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from trinityx_jax.backbone import BackboneConfig
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts.task_vector import TaskVector, same_shape
+
+Site = Mapping[str, jax.Array]
+Experts = Mapping[str, Site]
+SITES = ("gate", "up", "down")
+
+
+def site_shape(config: BackboneConfig, site: str) -> tuple[int, int]:
+    """(in, out) of a linear site.
+
+    Raises:
+        UserError: the site is not one of the feed-forward's.
+    """
+    if site not in SITES:
+        raise UserError(f"experts: site {site!r} is not one of {', '.join(SITES)}")
+    wide = (config.hidden_size, config.intermediate_size)
+    return wide if site != "down" else wide[::-1]
+
+
+def init_expert(
+    config: BackboneConfig, rank: int, alpha: float, sites: Sequence[str], seed: int, name: str
+) -> TaskVector:
+    """A fresh expert: A Gaussian with variance 1/in, B zero, scale alpha / rank (METHOD 1).
+
+    The draw depends on the seed and the expert's name only, so an expert trained beside others
+    starts where it would start alone.
+    """
+    if not sites:
+        raise UserError("experts: no sites are given")
+    if rank < 1:
+        raise UserError(f"experts: rank must be at least 1, not {rank}")
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    out = {}
+    for index, site in enumerate(SITES):
+        if site not in sites:
+            continue
+        size_in, size_out = site_shape(config, site)
+        layers = config.num_layers
+        draw = jax.random.normal(jax.random.fold_in(key, index), (layers, size_in, rank), jnp.float32)
+        out[site] = {
+            "a": draw / size_in**0.5,
+            "b": jnp.zeros((layers, rank, size_out), jnp.float32),
+            "scale": jnp.full((layers,), alpha / rank, jnp.float32),
+        }
+    for site in sites:
+        site_shape(config, site)
+    return TaskVector(out)
+
+
+def stack(vectors: Sequence[TaskVector]) -> dict[str, dict[str, jax.Array]]:
+    """Experts side by side on an E axis; unequal ranks and missing sites are padded with zeros.
+
+    Raises:
+        UserError: there is no expert; one has a site outside the feed-forward, or another model's shapes.
+    """
+    if not vectors:
+        raise UserError("experts: at least one is needed")
+    foreign = sorted({site for v in vectors for site in v.sites} - set(SITES))
+    if foreign:
+        raise UserError(f"experts: deltas at {', '.join(foreign)} (attention) have no place in the feed-forward")
+    out: dict[str, dict[str, jax.Array]] = {}
+    for site in SITES:
+        having = [v.sites[site] for v in vectors if site in v.sites]
+        if not having:
+            continue
+        same_shape(site, having)
+        rank = max(s["a"].shape[-1] for s in having)
+        blank = {k: jnp.zeros_like(x) for k, x in having[0].items()}
+        padded = [_pad_rank(v.sites.get(site, blank), rank) for v in vectors]
+        out[site] = {k: jnp.stack([p[k] for p in padded], axis=1) for k in ("a", "b", "scale")}
+    return out
+
+
+def unstack(experts: Experts) -> list[TaskVector]:
+    """The inverse of ``stack``, padding kept."""
+    count = next(iter(experts.values()))["a"].shape[1]
+    return [TaskVector({s: {k: x[:, e] for k, x in site.items()} for s, site in experts.items()}) for e in range(count)]
+
+
+def _pad_rank(site: Site, rank: int) -> dict[str, jax.Array]:
+    grow = rank - site["a"].shape[-1]
+    return {
+        "a": jnp.pad(site["a"], ((0, 0), (0, 0), (0, grow))),
+        "b": jnp.pad(site["b"], ((0, 0), (0, grow), (0, 0))),
+        "scale": site["scale"],
+    }
+
+
+def delta_all(site: Site, x: jax.Array) -> jax.Array:
+    """Every expert's delta of the same input, in two fat matmuls: [...,in] -> [...,E,out]."""
+    low = jnp.einsum("...i,eir->...er", x, site["a"].astype(x.dtype))
+    low = low * site["scale"].astype(x.dtype)[:, None]
+    return jnp.einsum("...er,ero->...eo", low, site["b"].astype(x.dtype))
+
+
+def delta_weighted(site: Site, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Sum over experts of weight [...,E] times delta, mixed in the low-rank space: -> [...,out]."""
+    low = jnp.einsum("...i,eir->...er", x, site["a"].astype(x.dtype))
+    low = low * (weight * site["scale"])[..., None].astype(x.dtype)
+    return jnp.einsum("...er,ero->...o", low, site["b"].astype(x.dtype))
+
+
+def delta_grouped(site: Site, x: jax.Array, dropout: jax.Array | None = None, rate: float = 0.0) -> jax.Array:
+    """One expert per row, rows grouped by expert: x [E*B,S,in] -> [E*B,S,out].
+
+    Args:
+        dropout: one key per expert [E], or None in evaluation; the mask falls on the input.
+    """
+    count = site["a"].shape[0]
+    grouped = x.reshape(count, -1, *x.shape[1:])
+    if dropout is not None and rate > 0.0:
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, grouped.shape[1:]))(dropout)
+        grouped = jnp.where(keep, grouped / (1.0 - rate), 0.0).astype(x.dtype)
+    low = jnp.einsum("ebsi,eir->ebsr", grouped, site["a"].astype(x.dtype))
+    low = low * site["scale"].astype(x.dtype)[:, None, None, None]
+    out = jnp.einsum("ebsr,ero->ebso", low, site["b"].astype(x.dtype))
+    return out.reshape(*x.shape[:-1], out.shape[-1])

@@ -1,0 +1,173 @@
+"""The mixture of experts at the cost of about one feed-forward (METHOD 3).
+
+The gate and up projections of the base are shared by all experts, and the down projection is
+linear, so three base matmuls serve any number of experts; what each expert adds is low rank.
+Shapes: B batch, S sequence, D hidden, F feed-forward, E experts, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trinityx_jax.backbone import BackboneConfig
+from trinityx_jax.backbone.layers import ACTIVATION_FUNCTIONS, linear
+from trinityx_jax.backbone.model import FeedForward
+from trinityx_jax.experts import lora
+from trinityx_jax.mocae import router as routing
+from trinityx_jax.mocae.router import MoCaEConfig
+
+Mlp = Mapping[str, Any]
+
+
+def mixture(
+    mlp: Mlp, experts: lora.Experts, u: jax.Array, alpha: jax.Array, activation: str, anchored: bool = False
+) -> jax.Array:
+    """sum_i alpha_i FFN_{T_i}(u), exactly, with the base's matmuls done once.
+
+    Args:
+        mlp: the layer's base weights ``gate``, ``up``, ``down``.
+        experts: this layer's slice of the stacked experts.
+        u: [B,S,D]. alpha: [B,S,E] in float32.
+        anchored: FFN_0 + sum_i alpha_i (FFN_{T_i} - FFN_0) instead.
+
+    Returns:
+        [B,S,D] in u's dtype.
+    """
+    gate, up = linear(mlp["gate"], u), linear(mlp["up"], u)  # [B,S,F]
+    # The backward pass needs gate, up and u anyway; the E branches are cheaper made again than kept.
+    branches = jax.checkpoint(_branches, static_argnums=(5, 6))
+    mixed, low = branches(gate, up, u, experts, alpha, activation, anchored)
+    y = linear(mlp["down"], mixed)
+    if not anchored and "bias" in mlp["down"]:  # every expert carries the bias: it is weighted too
+        bias = mlp["down"]["bias"].astype(u.dtype)
+        y = y + (jnp.sum(alpha, axis=-1, keepdims=True) - 1.0).astype(u.dtype) * bias
+    if low is not None:
+        b = experts["down"]["b"].astype(u.dtype)  # [E,R,D]
+        y = y + low @ b.reshape(-1, b.shape[-1])
+    return y
+
+
+def _branches(
+    gate: jax.Array,
+    up: jax.Array,
+    u: jax.Array,
+    experts: lora.Experts,
+    alpha: jax.Array,
+    activation: str,
+    anchored: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """sum_i alpha_i m_i [B,S,F], and what alpha_i m_i leaves in the down site's low rank [B,S,E*R]."""
+    act = ACTIVATION_FUNCTIONS[activation]
+    base = act(gate) * up if anchored else None
+    mixed = jnp.zeros(gate.shape, jnp.float32)
+    lows = []
+    for e in range(alpha.shape[-1]):
+        one = {site: {k: x[e] for k, x in leaf.items()} for site, leaf in experts.items()}
+        m = act(gate + _delta(one.get("gate"), u)) * (up + _delta(one.get("up"), u))
+        weight = alpha[..., e : e + 1]
+        mixed = mixed + weight * (m if base is None else m - base).astype(jnp.float32)
+        if "down" in one:
+            weighted = (weight * m.astype(jnp.float32)).astype(u.dtype)
+            lows.append(one["down"]["scale"].astype(u.dtype) * (weighted @ one["down"]["a"].astype(u.dtype)))
+    mixed = mixed.astype(u.dtype)
+    mixed = mixed if base is None else base + mixed
+    return mixed, jnp.concatenate(lows, axis=-1) if lows else None
+
+
+def weight_mixture(mlp: Mlp, experts: lora.Experts, u: jax.Array, alpha: jax.Array, activation: str) -> jax.Array:
+    """One feed-forward whose weights are W + sum_i alpha_i dW_i (X-LoRA's mixing; task arithmetic).
+
+    alpha is [B,S,E], or [E] for static weights: then it equals merging the vectors.
+    """
+    act = ACTIVATION_FUNCTIONS[activation]
+
+    def site(name: str, x: jax.Array) -> jax.Array:
+        y = linear(mlp[name], x)
+        return y + lora.delta_weighted(experts[name], x, alpha) if name in experts else y
+
+    return site("down", act(site("gate", u)) * site("up", u))
+
+
+def _delta(site: lora.Site | None, x: jax.Array) -> jax.Array | float:
+    """One expert's delta: [...,in] -> [...,out]; zero where the expert has no such site."""
+    if site is None:
+        return 0.0
+    low = (x @ site["a"].astype(x.dtype)) * site["scale"].astype(x.dtype)
+    return low @ site["b"].astype(x.dtype)
+
+
+def routed_feed_forward(
+    config: BackboneConfig, mocae: MoCaEConfig, deterministic: bool = True, use_mixture: Any = mixture
+) -> FeedForward:
+    """The MoCaE layer for the decoder; per-layer inputs are ``experts``, ``router`` and ``key``.
+
+    aux is {"pi": [B,S,E], "z": [B,S,E]} in float32. ``use_mixture`` is for tests and benchmarks.
+    """
+
+    def apply(mlp: Mlp, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        r = layer["router"]
+        z = routing.logits(r, u)
+        pi = routing.probabilities(z, r["temperature"], mocae.top_k)
+        alpha = routing.mixture_weights(pi, r["gamma"], mocae.weight)
+        if mocae.mixing == "weights":
+            y = weight_mixture(mlp, layer["experts"], u, alpha, config.activation)
+        else:
+            y = use_mixture(mlp, layer["experts"], u, alpha, config.activation, mocae.weight == "anchored")
+        key = None if deterministic or mocae.dropout == 0.0 else layer["key"]
+        return _output(mocae, h, y, r["norm"], key), {"pi": pi, "z": z}
+
+    return apply
+
+
+def static_feed_forward(config: BackboneConfig) -> FeedForward:
+    """Fixed weights [E] for all tokens: base (zeros), one expert (one-hot), any merge; no router."""
+
+    def apply(mlp: Mlp, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        return h + weight_mixture(mlp, layer["experts"], u, layer["weights"], config.activation), None
+
+    return apply
+
+
+def grouped_feed_forward(config: BackboneConfig, dropout: float = 0.0) -> FeedForward:
+    """Stage 1: rows grouped by expert, each group through its own expert; base matmuls are shared."""
+    act = ACTIVATION_FUNCTIONS[config.activation]
+
+    def apply(mlp: Mlp, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        keys = layer.get("keys")  # [E] for this layer
+
+        def site(name: str, x: jax.Array, index: int) -> jax.Array:
+            y = linear(mlp[name], x)
+            if name not in layer["experts"]:
+                return y
+            own = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
+            return y + lora.delta_grouped(layer["experts"][name], x, own, dropout)
+
+        return h + site("down", act(site("gate", u, 0)) * site("up", u, 1), 2), None
+
+    return apply
+
+
+def _output(
+    mocae: MoCaEConfig, h: jax.Array, y: jax.Array, norm: Mapping[str, jax.Array], key: jax.Array | None
+) -> jax.Array:
+    """The new residual stream from h and the mixture's y (METHOD 2, last row)."""
+
+    def drop(x: jax.Array) -> jax.Array:
+        if key is None:
+            return x
+        keep = jax.random.bernoulli(key, 1.0 - mocae.dropout, x.shape)
+        return jnp.where(keep, x / (1.0 - mocae.dropout), 0.0).astype(x.dtype)
+
+    if mocae.output == "prenorm":
+        return h + drop(y)
+    total = (h + y).astype(jnp.float32)
+    centred = total - jnp.mean(total, axis=-1, keepdims=True)
+    scaled = centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + routing.NORM_EPS)
+    normed = scaled * norm["scale"] + norm["bias"]
+    if mocae.output == "layernorm":
+        return drop(normed.astype(h.dtype))
+    return h + drop((y.astype(jnp.float32) + norm["gate"] * (normed - total)).astype(h.dtype))

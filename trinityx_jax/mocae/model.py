@@ -1,0 +1,63 @@
+"""The whole model as one pure function of three trees: base, experts, router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trinityx_jax.backbone import BackboneConfig, Cache, Decoder, base_feed_forward
+from trinityx_jax.experts.lora import Experts
+from trinityx_jax.mocae import mixture
+from trinityx_jax.mocae.router import Router, per_layer
+
+
+def hidden_states(
+    base: Mapping[str, Any],
+    config: BackboneConfig,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    experts: Experts | None = None,
+    router: Router | None = None,
+    weights: jax.Array | None = None,
+    cache: Cache | None = None,
+    dtype: Any = jnp.float32,
+    dropout: jax.Array | None = None,
+    remat: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array] | None, Cache | None]:
+    """Final hidden states [B,S,D] of the base, of a static combination, or of the routed mixture.
+
+    Args:
+        experts: the stacked tree; needs ``router`` or ``weights`` [E].
+        dropout: a key; None is evaluation.
+
+    Returns:
+        hidden states; routing {"pi", "z"} as [L,B,S,E] or None; the extended cache or None.
+    """
+    inputs: Any
+    if experts is None:
+        function, inputs = base_feed_forward(config), None
+    elif router is not None:
+        function = mixture.routed_feed_forward(config, router.config, deterministic=dropout is None)
+        inputs = {"experts": experts, "router": per_layer(router, config.num_layers)}
+        if dropout is not None:
+            inputs["key"] = jax.random.split(dropout, config.num_layers)
+    elif weights is not None:
+        function = mixture.static_feed_forward(config)
+        spread = jnp.broadcast_to(weights[None], (config.num_layers, *weights.shape))
+        inputs = {"experts": experts, "weights": spread}
+    else:
+        raise ValueError("experts need a router or weights")
+    decoder = Decoder(config, function, dtype, remat)
+    out: Any = decoder.apply({"params": base}, tokens, mask, inputs, cache)
+    return out
+
+
+def token_routing(aux: Mapping[str, jax.Array] | None, what: str = "pi") -> jax.Array:
+    """A routed model's [L,B,S,E] from the scan as [B,S,L,E]."""
+    if aux is None:
+        raise ValueError("an unrouted model has no routing")
+    return jnp.transpose(aux[what], (1, 2, 0, 3))
