@@ -1,0 +1,110 @@
+"""What ``import trinityx_jax as tx`` offers for notebooks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trinityx_jax.backbone import Backbone, unembed
+from trinityx_jax.convert.load import load_backbone
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts import TaskVector, gamma
+from trinityx_jax.generation.decode import combine
+from trinityx_jax.mocae import Router, hidden_states, token_routing
+from trinityx_jax.mocae.router import init_router as new_router
+from trinityx_jax.mocae.router import preset as named_preset
+from trinityx_jax.runs import RunFolder, check_base, load_experts, load_router
+
+
+def init_router(
+    backbone: Backbone, experts: Mapping[str, TaskVector], preset: str = "recommended", seed: int = 0, **changes: Any
+) -> Router:
+    """An untrained router over ``experts``, with gamma~ computed from them.
+
+    Args:
+        preset: ``recommended`` or ``literal``; ``changes`` override single switches.
+
+    Raises:
+        UserError: an expert was trained on another base, or a switch is wrong.
+    """
+    for name, vector in experts.items():
+        check_base(f"expert {name!r}", vector.origin.get("base"), backbone.fingerprint)
+    mocae = named_preset(preset, **changes)
+    if mocae.gamma_similarity == "uniform":
+        static = jnp.full((len(experts),), 1.0 / len(experts))
+    else:
+        static = gamma(experts, similarity=mocae.gamma_similarity)
+    return new_router(backbone.config, list(experts), static, mocae, seed)
+
+
+def forward(
+    backbone: Backbone,
+    tokens: np.ndarray | jax.Array,
+    *,
+    experts: Mapping[str, TaskVector] | None = None,
+    router: Router | None = None,
+    weights: Mapping[str, float] | None = None,
+    mask: np.ndarray | jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Logits [B,S,V] in float32, and routing probabilities pi [B,S,L,E] or None for an unrouted model.
+
+    Args:
+        tokens: [B,S] ids. mask: [B,S], True at real tokens; None means all.
+        experts: with a ``router``, or with static ``weights`` {name: w}; without, the base model.
+
+    Raises:
+        UserError: names do not match, or an expert was trained on another base.
+    """
+    for name, vector in (experts or {}).items():
+        check_base(f"expert {name!r}", vector.origin.get("base"), backbone.fingerprint)
+    stacked, static = combine(experts, router, weights)
+    tokens = jnp.asarray(tokens, jnp.int32)
+    real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+    dtype = jax.tree.leaves(backbone.params)[0].dtype
+    hidden, aux, _ = hidden_states(
+        backbone.params, backbone.config, tokens, real, experts=stacked, router=router, weights=static, dtype=dtype
+    )
+    return unembed(backbone.params, backbone.config, hidden), (None if aux is None else token_routing(aux))
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRun:
+    """A run folder with its base, experts and router (None before stage 2) loaded."""
+
+    folder: RunFolder
+    model: str
+    backbone: Backbone
+    vectors: dict[str, TaskVector]
+    router: Router | None
+
+
+def open_run(path: str | Path) -> OpenRun:
+    """Load everything a run holds, from the base model it names.
+
+    Raises:
+        UserError: it is not a run folder, or its base is gone or another one.
+    """
+    folder = RunFolder(path)
+    base = folder.info()["base"]
+    vectors = load_experts(path, base["fingerprint"])
+    router = load_router(path, base["fingerprint"]) if folder.done("router") else None
+    backbone = load_backbone(base["model"])
+    check_base(f"{path}: the run", base["fingerprint"], backbone.fingerprint)
+    return OpenRun(folder, base["model"], backbone, vectors, router)
+
+
+def need_router(run: OpenRun) -> Router:
+    """The run's router.
+
+    Raises:
+        UserError: stage 2 has not finished.
+    """
+    if run.router is None:
+        raise UserError(f"{run.folder.path}: has no router yet (trinityx train-router)")
+    return run.router

@@ -1,0 +1,354 @@
+"""The ``trinityx`` command: parse, call one function, print.
+
+Exit codes: 0 done; 1 ran and the answer is no; 2 bad input or environment; 75 stopped by a signal
+after saving, run again to go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from trinityx_jax import __version__
+from trinityx_jax.errors import UserError
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+OK, NO, BAD_INPUT, STOPPED = 0, 1, 2, 75
+MANY = ("train-experts", "train-router")  # commands that take --key.sub VALUE overrides
+
+
+def quickstart(out: str = "runs/quickstart", model: str | None = None, steps: int | None = None) -> int:
+    """Train, route, evaluate, export and report, on a small real model and the shipped rows.
+
+    Run again, it goes on where it stopped. Exits 1 when one of its own claims does not hold.
+
+    Args:
+        out: run folder.
+        model: Hugging Face LLaMA folder, hub id or .gguf; by default SmolLM2-135M-Instruct.
+        steps: training steps of each stage; by default what fits ten minutes on two cores.
+    """
+    from trinityx_jax.evaluation.report import closing_table
+    from trinityx_jax.quickstart import peak_memory
+    from trinityx_jax.quickstart import quickstart as run_quickstart
+
+    started = time.monotonic()
+    results, report = run_quickstart(out, model, steps)
+    _print(closing_table(results))
+    for label, path in (
+        ("report", report),
+        ("experts", Path(out) / "experts"),
+        ("router", Path(out) / "router"),
+        ("PEFT adapters", Path(out) / "exports" / "peft"),
+        ("for transformers", Path(out) / "exports" / "mocae"),
+    ):
+        print(f"{label:>16}: {path}")
+    print(f"{'took':>16}: {time.monotonic() - started:.0f} s, peak memory {peak_memory():.1f} GiB")
+    failed = [c["claim"] for c in results["claims"] if not c["held"]]
+    for claim in failed:
+        print(f"claim not met: {claim}", file=sys.stderr)
+    return NO if failed else OK
+
+
+def convert(src: Positional[str], out: Positional[str], dtype: Literal["float32", "bfloat16"] | None = None) -> int:
+    """Write a Hugging Face folder, hub id or .gguf as an Orbax checkpoint.
+
+    Args:
+        src: Hugging Face LLaMA folder, hub id or .gguf.
+        out: folder to write.
+        dtype: of the parameters; by default as stored, float32 from .gguf.
+    """
+    from trinityx_jax.convert import load
+
+    backbone = load.convert(src, out, dtype)
+    print(f"wrote {out}: {backbone.config.num_layers} layers, fingerprint {backbone.fingerprint[:12]}")
+    return OK
+
+
+def train_experts(config: Positional[str], overrides: Sequence[str] = ()) -> int:
+    """Stage 1: train each expert on its own rows. Any key can be overridden: --train.steps 20.
+
+    Args:
+        config: YAML file (see configs/).
+    """
+    from trinityx_jax.config import load_config
+    from trinityx_jax.convert.load import load_backbone
+    from trinityx_jax.runs import RunFolder
+    from trinityx_jax.training import stages
+
+    settings = load_config(config, overrides, "experts")
+    run = RunFolder(settings.out)
+    if run.check_settings("experts", stages.settings(settings)):
+        print(f"{run.path / 'experts'}: done before")
+        return OK
+    vectors = stages.train_experts(settings, load_backbone(settings.model, settings.dtype))
+    for name in vectors:
+        print(f"wrote {run.path / 'experts' / name}")
+    return OK
+
+
+def train_router(config: Positional[str], overrides: Sequence[str] = ()) -> int:
+    """Stage 2: gamma, the router, its temperature. Any key can be overridden: --mocae.top_k 2.
+
+    Args:
+        config: YAML file (see configs/); experts.from names the run or folder the experts come from.
+    """
+    from trinityx_jax.config import load_config
+    from trinityx_jax.convert.load import load_backbone
+    from trinityx_jax.runs import RunFolder, load_experts
+    from trinityx_jax.training import stages
+
+    settings = load_config(config, overrides, "router")
+    run = RunFolder(settings.out)
+    if run.check_settings("router", stages.settings(settings)):
+        print(f"{run.path / 'router'}: done before")
+        return OK
+    source = settings.experts.source or settings.out
+    backbone = load_backbone(settings.model, settings.dtype)
+    vectors = load_experts(source, backbone.fingerprint)
+    router = stages.train_router(settings, backbone, vectors)
+    if source != settings.out:  # a run folder is self-contained
+        run.save_experts({name: vectors[name] for name in router.names})
+    print(f"wrote {run.path / 'router'}: temperature {float(router.temperature):.3f}")
+    return OK
+
+
+def vectors_show(run: Positional[str]) -> int:
+    """Norms, pairwise cosines and gamma of a run's experts.
+
+    Args:
+        run: run folder, its experts folder, or one expert.
+    """
+    from rich.table import Table
+
+    from trinityx_jax.evaluation.collect import vector_table
+    from trinityx_jax.experts import gamma
+    from trinityx_jax.runs import load_experts
+
+    vectors = load_experts(run)
+    facts, weights = vector_table(vectors), gamma(vectors).tolist()
+    table = Table("expert", "rank", "norm", "gamma", *(f"cos {n}" for n in vectors))
+    for index, (name, vector) in enumerate(vectors.items()):
+        ranks = ",".join(str(r) for r in sorted(set(vector.ranks.values())))
+        cosines = [f"{c:+.3f}" for c in facts["cosine"][index]]
+        table.add_row(name, ranks, f"{facts['norm'][name]:.3f}", f"{weights[index]:.3f}", *cosines)
+    _print(table)
+    return OK
+
+
+def generate(
+    run: Positional[str],
+    prompt: str | None = None,
+    prompts: str | None = None,
+    expert: str | None = None,
+    weights: str | None = None,
+    show_routing: bool = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    template: str = "auto",
+) -> int:
+    """Answer prompts with the routed model, one expert, or a weighted combination.
+
+    Args:
+        run: run folder.
+        prompt: one prompt.
+        prompts: text file, one prompt a line.
+        expert: use this expert alone; "base" is the base model.
+        weights: use a static combination, such as helpful=0.6,honest=0.4.
+        show_routing: print the mean routing of each answer.
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 is greedy.
+        top_k: sample from the k likeliest tokens.
+        top_p: sample from the likeliest tokens of this mass.
+        seed: of the sampling.
+        template: auto, chat, alpaca, trinityx, or none for the bare prompt.
+    """
+    from trinityx_jax.generation import Sampling
+    from trinityx_jax.generation.answers import answer_prompts
+
+    texts = _prompts(prompt, prompts)
+    sampling = Sampling(temperature, top_k, top_p)
+    chosen = _static_weights(expert, weights)
+    if show_routing and chosen is not None:
+        raise UserError("--show-routing: only the routed model has a routing (drop --expert and --weights)")
+    answers = answer_prompts(
+        run, texts, chosen, show_routing, max_new_tokens=max_new_tokens, sampling=sampling, template=template, seed=seed
+    )
+    for text, answer in zip(texts, answers, strict=True):
+        if len(texts) > 1:
+            print(f"> {text}")
+        print(answer.text)
+        if answer.routing is not None:
+            print("[" + ", ".join(f"{name} {share:.2f}" for name, share in answer.routing.items()) + "]")
+    return OK
+
+
+def evaluate(run: Positional[str], out: str | None = None) -> int:
+    """Perplexity, preference and routing metrics on held-out rows, with n and 95 % intervals.
+
+    Args:
+        run: run folder.
+        out: folder for results.json; by default the run's evaluation folder.
+    """
+    from trinityx_jax.evaluation.collect import claims
+    from trinityx_jax.evaluation.heldout_run import evaluate_run
+    from trinityx_jax.evaluation.report import closing_table
+
+    results, path = evaluate_run(run, out)
+    _print(closing_table({**results, "claims": claims(results)}))
+    print(f"wrote {path}")
+    return OK
+
+
+def export(run: Positional[str], out: Positional[str], format: Literal["peft", "mocae"]) -> int:
+    """Write a run's experts as PEFT adapters, or the routed model for transformers.
+
+    Args:
+        run: run folder.
+        out: folder to write.
+        format: peft: one adapter folder per expert; mocae: one folder for AutoModelForCausalLM.
+    """
+    from trinityx_jax.api import need_router, open_run
+    from trinityx_jax.convert.export import export_mocae, export_peft
+
+    opened = open_run(run)
+    if format == "mocae":
+        print(f"wrote {export_mocae(opened.backbone, opened.vectors, need_router(opened), Path(out))}")
+        return OK
+    for path in export_peft(opened.vectors, opened.backbone, Path(out), opened.model):
+        print(f"wrote {path}")
+    return OK
+
+
+def report(run: Positional[str], out: str | None = None) -> int:
+    """Write the run's report, a self-contained page.
+
+    Args:
+        run: run folder.
+        out: folder for index.html; by default the run's report folder.
+    """
+    from trinityx_jax.evaluation.collect import collect
+    from trinityx_jax.evaluation.report import write_report
+    from trinityx_jax.runs import RunFolder
+
+    folder = RunFolder(run)
+    path = write_report(collect(folder), folder.metrics(), Path(out) if out else folder.path / "report")
+    print(f"wrote {path}")
+    return OK
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "quickstart": quickstart,
+    "convert": convert,
+    "train-experts": train_experts,
+    "train-router": train_router,
+    "vectors show": vectors_show,
+    "generate": generate,
+    "evaluate": evaluate,
+    "export": export,
+    "report": report,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    if words in (["--version"], ["-V"]):
+        print(__version__)
+        return OK
+    name = " ".join(words[:2]) if words[:1] == ["vectors"] else "".join(words[:1])
+    if name not in COMMANDS:
+        return _usage(name)
+    try:
+        return _call(name, words[len(name.split()) :])
+    except UserError as error:
+        print(f"trinityx: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("trinityx: interrupted", file=sys.stderr)
+        return STOPPED
+    except Exception as error:
+        from trinityx_jax.files import disk_full
+        from trinityx_jax.training.loop import Stopped
+
+        if isinstance(error, Stopped):
+            print(f"trinityx: {error}", file=sys.stderr)
+            return STOPPED
+        if disk_full(error):
+            print("trinityx: No space left on device", file=sys.stderr)
+            return BAD_INPUT
+        raise
+
+
+def _call(name: str, words: list[str]) -> int:
+    function = COMMANDS[name]
+    options: dict[str, Any] = {"prog": f"trinityx {name}", "description": function.__doc__, "use_underscores": False}
+    if name not in MANY or {"-h", "--help"} & set(words):
+        return tyro.cli(function, args=words, **options)
+    if not words or words[0].startswith("-"):
+        raise UserError(f"{name}: name a configuration file first (trinityx {name} CONFIG [--key value ...])")
+    return function(words[0], words[1:])
+
+
+def _usage(name: str) -> int:
+    if name in ("", "-h", "--help"):
+        print("usage: trinityx COMMAND [...]   (trinityx COMMAND --help)\n")
+        for command, function in COMMANDS.items():
+            print(f"  {command:<14} {(function.__doc__ or '').splitlines()[0]}")
+        return OK if name else BAD_INPUT
+    print(f"trinityx: no command {name!r} (commands: {', '.join(COMMANDS)})", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _prompts(prompt: str | None, file: str | None) -> list[str]:
+    if (prompt is None) == (file is None):
+        raise UserError("give either --prompt or --prompts")
+    if file is None:
+        assert prompt is not None
+        return [prompt]
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from error
+    found = [line for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"{file}: holds no prompt")
+    return found
+
+
+def _static_weights(expert: str | None, weights: str | None) -> dict[str, float] | None:
+    if expert is not None and weights is not None:
+        raise UserError("give --expert or --weights, not both")
+    if expert is not None:
+        return {} if expert == "base" else {expert: 1.0}
+    if weights is None:
+        return None
+    out = {}
+    for part in weights.split(","):
+        name, _, value = part.partition("=")
+        try:
+            out[name.strip()] = float(value)
+        except ValueError:
+            raise UserError(f"--weights: {part!r} is not NAME=NUMBER") from None
+    return out
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(renderable)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

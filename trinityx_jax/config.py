@@ -1,0 +1,220 @@
+"""A run's configuration: YAML plus ``--key.sub value`` overrides, validated once, then passed as values."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from trinityx_jax.data.objectives import FORMATS
+from trinityx_jax.data.templates import TEMPLATES
+from trinityx_jax.errors import UserError
+from trinityx_jax.files import write_text
+from trinityx_jax.mocae.router import MoCaEConfig, preset
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class ExpertsConfig(_Section):
+    """``from``: where stage 2 takes its experts from; None is the run itself."""
+
+    source: str | None = Field(default=None, alias="from")
+    names: list[str] = ["helpful", "harmless", "honest"]
+    rank: int = Field(default=64, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    sites: list[Literal["gate", "up", "down"]] = ["gate", "up", "down"]
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class DataConfig(_Section):
+    """One objective's rows. ``calibration`` is the share of training questions held out for the router."""
+
+    source: str
+    format: Literal[tuple(FORMATS)]  # type: ignore[valid-type]
+    split: str = "train"
+    limit: int | None = Field(default=None, ge=1)
+    test: str | None = None
+    test_split: str = "test"
+    test_limit: int | None = Field(default=None, ge=1)
+    template: Literal[TEMPLATES] = "auto"  # type: ignore[valid-type]
+    calibration: float = Field(default=0.15, gt=0, lt=1)
+
+
+class TrainConfig(_Section):
+    """``steps`` wins over ``epochs``; ``batch_size`` is rows per expert and step, over all hosts."""
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float = Field(default=3.0, gt=0)
+    batch_size: int = Field(default=8, ge=1)
+    seq_len: int = Field(default=512, ge=2)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    mode: Literal["joint", "single"] = "joint"
+    remat: bool = False
+
+
+class CheckpointConfig(_Section):
+    """A checkpoint every so many steps; the newest ``keep`` stay."""
+
+    every: int = Field(default=50, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class EvaluateConfig(_Section):
+    """Rows per batch, prompts answered side by side (per objective), answer length, bootstrap resamples."""
+
+    batch_size: int = Field(default=16, ge=1)
+    prompts: int = Field(default=1, ge=0)
+    max_new_tokens: int = Field(default=48, ge=1)
+    bootstrap: int = Field(default=1000, ge=100)
+
+
+class RunConfig(_Section):
+    """Everything a stage needs, read in one place."""
+
+    model: str
+    out: str
+    seed: int = Field(default=0, ge=0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    experts: ExpertsConfig = ExpertsConfig()
+    data: dict[str, DataConfig]
+    train: TrainConfig = TrainConfig()
+    mocae: dict[str, Any] = {}
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        self.mocae_config()
+        names = self.experts.names
+        if len(set(names)) < len(names):
+            raise ValueError(f"experts.names: {names} holds a name twice")
+        missing = [n for n in names if n not in self.data]
+        if missing:
+            raise ValueError(f"data: expert {missing[0]!r} has no rows (data.{missing[0]} is not set)")
+        unused = [n for n in self.data if n not in names]
+        if unused:
+            raise ValueError(f"data.{unused[0]}: there is no expert of that name in experts.names")
+        return self
+
+    def mocae_config(self) -> MoCaEConfig:
+        """The router's typed switches: a preset with this file's changes."""
+        changes = dict(self.mocae)
+        name = changes.pop("preset", "recommended")
+        known = [*MoCaEConfig.__dataclass_fields__, "preset"]
+        for key in changes:
+            if key not in known:
+                raise ValueError(f"mocae.{key}: unknown key{_nearest(key, known)}")
+        return preset(name, **changes)
+
+
+# Keys that a stage does not use: setting one there is an error, and they are not saved with it.
+UNUSED: dict[str, dict[str, Any]] = {
+    "experts": {"experts": {"source"}, "mocae": True},
+    "router": {"experts": {"rank", "alpha", "dropout", "sites"}, "train": {"mode"}},
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> RunConfig:
+    """Read a YAML file and apply ``--key.sub value`` pairs.
+
+    Args:
+        stage: ``experts`` or ``router``; a key that the stage does not use raises.
+
+    Raises:
+        UserError: the file is missing or not YAML; a key is unknown, or a value out of range.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
+    config = parse_config(_override(values, overrides), str(path))
+    for section, keys in UNUSED.get(stage or "", {}).items():
+        part = getattr(config, section)
+        used = {section} & config.model_fields_set if keys is True else keys & part.model_fields_set
+        for key in sorted(used):
+            name = section if keys is True else f"{section}.{type(part).model_fields[key].alias or key}"
+            raise UserError(f"{path}: {name}: this key has no effect on stage {stage!r}; remove it")
+    return config
+
+
+def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Validate a mapping; the first thing wrong is raised as one sentence."""
+    try:
+        return RunConfig.model_validate(values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where}: {_sentence(error.errors()[0], values)}") from error
+
+
+def save_config(config: RunConfig, path: Path, stage: str) -> None:
+    """Write what a stage uses of the configuration, defaults included, as YAML."""
+    values = config.model_dump(mode="json", by_alias=True, exclude=UNUSED[stage])
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _override(values: dict[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
+    if len(pairs) % 2:
+        raise UserError(f"{pairs[-1]}: an override needs a value (--key.sub VALUE)")
+    for flag, raw in zip(pairs[::2], pairs[1::2], strict=True):
+        if not flag.startswith("--"):
+            raise UserError(f"{flag}: expected --key.sub VALUE")
+        node: Any = values
+        *parents, last = flag[2:].replace("-", "_").split(".")
+        for key in parents:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{flag}: {key!r} is a value, not a section")
+        try:
+            node[last] = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            node[last] = raw
+    return values
+
+
+def _sentence(error: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{place}: unknown key{_nearest(str(error['loc'][-1]), _known(error['loc']))}"
+    if error["type"] == "missing":
+        return f"{place}: this key is needed"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = f" (it is {error['input']!r})" if place and not isinstance(error["input"], dict) else ""
+    return f"{place}: {message}{shown}" if place else message
+
+
+def _known(loc: Sequence[Any]) -> list[str]:
+    """The keys of the section in which an unknown key stood."""
+    sections: dict[str, type[_Section]] = {
+        "experts": ExpertsConfig,
+        "data": DataConfig,
+        "train": TrainConfig,
+        "checkpoint": CheckpointConfig,
+        "evaluate": EvaluateConfig,
+    }
+    model: type[_Section] = RunConfig if len(loc) == 1 else sections[str(loc[0])]
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f" (nearest: {close[0]})" if close else ""

@@ -1,0 +1,1 @@
+"""Metrics, held-out evaluation, figures and the report."""

@@ -1,0 +1,62 @@
+"""Held-out prompts answered by every system side by side, with the routing of each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.config import RunConfig
+from trinityx_jax.data.objectives import load_pairs
+from trinityx_jax.data.templates import encode_prompts
+from trinityx_jax.evaluation.heldout import BASE, MOCAE
+from trinityx_jax.experts import TaskVector
+from trinityx_jax.generation.answers import answer_routing
+from trinityx_jax.generation.decode import generate_ids
+from trinityx_jax.mocae import Router
+from trinityx_jax.progress import progress
+
+
+def side_by_side(
+    config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector], router: Router
+) -> list[dict[str, Any]]:
+    """Greedy answers of base, each expert and MoCaE to the first test prompts of every objective.
+
+    Returns:
+        per prompt: objective, prompt, the reference, each system's text, the routing of MoCaE's
+        answer as a mean over its tokens, and the routing of each of its tokens.
+    """
+    names = list(vectors)
+    chosen = []
+    prompts: list[list[int]] = []
+    for name in names:
+        data = config.data[name]
+        assert data.test is not None
+        own = [p.chosen for p in load_pairs(data.test, data.format, data.test_split)[: config.evaluate.prompts]]
+        chosen += [(name, e) for e in own]
+        prompts += encode_prompts(data.template, own, backbone.tokenizer)
+    options: dict[str, Any] = {"max_new_tokens": config.evaluate.max_new_tokens, "dtype": config.dtype}
+    variants: dict[str, dict[str, Any]] = {BASE: {"weights": {}}}
+    variants |= {name: {"weights": {name: 1.0}} for name in names}
+    variants[MOCAE] = {"router": router}
+    ids = {}
+    with progress("answer", len(variants)) as bar:
+        for system, variant in variants.items():
+            ids[system] = generate_ids(backbone, prompts, experts=vectors, **variant, **options)
+            bar.advance(system)
+    routing = answer_routing(backbone, vectors, router, prompts, ids[MOCAE], config.dtype)
+    out = []
+    for index, (name, example) in enumerate(chosen):
+        pi = routing[index]
+        mean = pi.mean(axis=0).tolist() if len(pi) else [float("nan")] * len(names)
+        answers: dict[str, Any] = {
+            s: {"text": backbone.tokenizer.decode(found[index], skip_special_tokens=True), "routing": None}
+            for s, found in ids.items()
+        }
+        answers[MOCAE]["routing"] = dict(zip(names, mean, strict=True))
+        tokens = [[backbone.tokenizer.decode([t]), p.tolist()] for t, p in zip(ids[MOCAE][index], pi, strict=True)]
+        out.append(
+            {"objective": name, "prompt": example.prompt, "reference": example.response}
+            | {"answers": answers, "tokens": tokens}
+        )
+    return out

@@ -1,0 +1,84 @@
+"""A run folder's files as one dict of results: what the report and the closing table show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trinityx_jax.experts import TaskVector
+from trinityx_jax.files import read_json
+from trinityx_jax.runs import RunFolder, load_experts
+
+ROUTING_CLAIM = 0.6
+
+
+def collect(run: RunFolder) -> dict[str, Any]:
+    """Everything a report shows, from the run folder's files; parts not made yet are left out."""
+    info = run.info()
+    stages = info["stages"]
+    out: dict[str, Any] = {"title": f"TrinityX: {run.path.name}", "model": _model(info), "commands": _commands(run)}
+    vectors = load_experts(run.path)
+    out |= {"experts": list(vectors), "rank": max(max(v.ranks.values()) for v in vectors.values())}
+    out["vectors"] = vector_table(vectors)
+    for name in ("results", "answers"):
+        path = run.path / "evaluation" / f"{name}.json"
+        if path.exists():
+            found = read_json(path)
+            out |= found if name == "results" else {"answers": found}
+    if "router" in stages:
+        facts = stages["router"]
+        out["gamma"] = facts["gamma"]
+        out["temperature"] = {"before": facts["temperature_before"], "after": facts["temperature"]}
+        tests = {m: e["n"] for m, e in out.get("perplexity", {}).get("base", {}).items()}
+        out["rows"] = {
+            m: {"train": a, "calibration": b, "test": tests.get(m, 0)} for m, (a, b) in facts["rows"].items()
+        }
+    settings = stages.get("experts", {}).get("settings", {})
+    out["settings"] = {f"experts.{k}": v for k, v in settings.get("train", {}).items() if v is not None}
+    timings = {k.removeprefix("quickstart/"): v["seconds"] for k, v in stages.items() if "seconds" in v}
+    out["timings"] = timings
+    if "perplexity" in out:
+        out["claims"] = claims(out)
+    return out
+
+
+def claims(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the quickstart promises, each with whether it held and the numbers."""
+    out = []
+    for name in results["experts"]:
+        cell = results["difference"][name][name]
+        low, high = cell["interval"]
+        detail = (
+            f"log perplexity {cell['value']:+.3f} against the base, 95 % [{low:+.3f}, {high:+.3f}], n = {cell['n']}"
+        )
+        claim = f"the {name} expert has lower held-out perplexity on its own rows than the base"
+        out.append({"claim": claim, "held": high < 0, "detail": detail})
+    if "routing" in results:
+        cell = results["routing"]["held-out rows"]["accuracy"]
+        low, high = cell["interval"]
+        detail = f"{cell['value']:.3f}, 95 % [{low:.3f}, {high:.3f}], n = {cell['n']}"
+        claim = f"routing accuracy on held-out rows is at least {ROUTING_CLAIM}"
+        out.append({"claim": claim, "held": cell["value"] >= ROUTING_CLAIM, "detail": detail})
+    return out
+
+
+def vector_table(vectors: dict[str, TaskVector]) -> dict[str, Any]:
+    """Norms and pairwise cosines, JSON-ready."""
+    own = list(vectors.values())
+    return {
+        "norm": {name: float(v.norm()) for name, v in vectors.items()},
+        "cosine": [[float(a.cosine(b)) for b in own] for a in own],
+    }
+
+
+def _model(info: dict[str, Any]) -> dict[str, Any]:
+    facts = {key: info["base"][key] for key in ("fingerprint", "parameters", "layers")}
+    return {"name": Path(info["base"]["model"]).name, **facts}
+
+
+def _commands(run: RunFolder) -> list[str]:
+    return [
+        f'trinityx generate {run.path} --prompt "What should I cook tonight?" --show-routing',
+        f"trinityx vectors show {run.path}",
+        f"trinityx export {run.path} OUT --format mocae",
+    ]

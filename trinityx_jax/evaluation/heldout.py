@@ -1,0 +1,235 @@
+"""The held-out evaluation: every system on every objective's test rows, and the router's calibration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.config import RunConfig
+from trinityx_jax.data import templates
+from trinityx_jax.data.objectives import Pair, get_format, load_pairs
+from trinityx_jax.data.templates import Encoded
+from trinityx_jax.errors import UserError
+from trinityx_jax.evaluation import metrics
+from trinityx_jax.evaluation.scoring import Scorer, Scores
+from trinityx_jax.experts import TaskVector, stack
+from trinityx_jax.files import write_json
+from trinityx_jax.mocae import Router
+from trinityx_jax.progress import progress
+
+MOCAE, MERGE, BASE = "MoCaE", "naive merge", "base"
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Test pairs of all objectives, flat, each with its objective's index."""
+
+    pairs: list[Pair]
+    objective: np.ndarray
+    chosen: list[Encoded]
+    rejected: list[Encoded]
+
+
+def load_held_out(config: RunConfig, backbone: Backbone) -> HeldOut:
+    """The test rows of every objective, tokenised in its own template.
+
+    Raises:
+        UserError: an objective names no test rows, or they cannot be read.
+    """
+    pairs: list[Pair] = []
+    objective: list[int] = []
+    chosen: list[Encoded] = []
+    rejected: list[Encoded] = []
+    for index, name in enumerate(config.experts.names):
+        data = config.data[name]
+        if data.test is None:
+            raise UserError(f"data.{name}.test: no test rows are named, evaluation needs them")
+        own = load_pairs(data.test, data.format, data.test_split, data.test_limit)
+        for target, part in ((chosen, [p.chosen for p in own]), (rejected, [p.rejected for p in own])):
+            target += templates.encode(data.template, part, backbone.tokenizer, config.train.seq_len)
+        pairs += own
+        objective += [index] * len(own)
+    return HeldOut(pairs, np.asarray(objective), chosen, rejected)
+
+
+def systems(names: list[str]) -> dict[str, np.ndarray | None]:
+    """What is compared: static weights over the experts, or None for the router."""
+    eye = np.eye(len(names))
+    alone = {name: eye[i] for i, name in enumerate(names)}
+    return {BASE: np.zeros(len(names)), **alone, MERGE: np.ones(len(names)), MOCAE: None}
+
+
+def evaluate(
+    config: RunConfig,
+    backbone: Backbone,
+    vectors: Mapping[str, TaskVector],
+    router: Router | None,
+    out: Path,
+    uncalibrated: float | None = None,
+) -> dict[str, Any]:
+    """Score every system on every objective, with n and 95 % intervals, and write ``results.json``.
+
+    Scores of a finished system are kept in ``out`` and not computed again.
+
+    Args:
+        router: None evaluates base, experts and the merge only.
+        uncalibrated: the router's temperature before calibration, to be measured as well.
+
+    Returns:
+        the results (see ``report.write_report`` for their layout).
+    """
+    names = list(vectors)
+    held = load_held_out(config, backbone)
+    rows = [*held.chosen, *held.rejected]
+    scorer = Scorer(backbone, stack(list(vectors.values())), config.dtype, config.evaluate.batch_size)
+    compared = {s: w for s, w in systems(names).items() if w is not None or router is not None}
+    key = _key(config, backbone, vectors, router, rows)
+    scores: dict[str, Scores] = {}
+    extra = 0 if router is None or uncalibrated is None else scorer.batches(held.chosen)
+    with progress("evaluate", len(compared) * scorer.batches(rows) + extra) as bar:
+        for system, weights in compared.items():
+            store = out / "scores" / f"{system.replace(' ', '-')}.npz"
+            scores[system] = _stored(
+                store, key, bar, scorer.batches(rows),
+                lambda w=weights, s=system: scorer.score(
+                    rows, weights=w, router=router if w is None else None, on_batch=lambda: bar.advance(s)
+                ),
+            )  # fmt: skip
+        before = None
+        if router is not None and uncalibrated is not None:
+            plain = dataclasses.replace(router, temperature=jnp.asarray(uncalibrated, jnp.float32))
+            before = _stored(
+                out / "scores" / "uncalibrated.npz", key, bar, extra,
+                lambda: scorer.score(held.chosen, router=plain, on_batch=lambda: bar.advance("uncalibrated")),
+            )  # fmt: skip
+    results = _tables(config, names, held, scores)
+    if router is not None:
+        results |= _routing(config, backbone, scorer, router, held, scores[MOCAE], before)
+    write_json(out / "results.json", results)
+    return results
+
+
+def _tables(config: RunConfig, names: list[str], held: HeldOut, scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """Perplexity, preference and paired differences per system and objective."""
+    n, options = len(held.pairs), {"resamples": config.evaluate.bootstrap}
+    out: dict[str, Any] = {
+        "experts": names,
+        "systems": list(scores),
+        "perplexity": {},
+        "preference": {},
+        "preference_per_token": {},
+        "difference": {},
+        "preference_kind": {m: get_format(config.data[m].format).pair_kind for m in names},
+    }
+    for system, found in scores.items():
+        for table in ("perplexity", "preference", "preference_per_token", "difference"):
+            out[table][system] = {}
+        for index, name in enumerate(names):
+            own = np.flatnonzero(held.objective == index)
+            good, bad, tokens = found.nll[own], found.nll[own + n], found.tokens[own]
+            base = scores[BASE].nll[own]
+            cells = {
+                "perplexity": metrics.perplexity(good, tokens, **options),
+                "preference": metrics.share(good < bad, **options),
+                "preference_per_token": metrics.share(good / tokens < bad / found.tokens[own + n], **options),
+                "difference": metrics.log_perplexity_difference(good, base, tokens, **options),
+            }
+            for table, cell in cells.items():
+                out[table][system][name] = cell.as_dict()
+    return out
+
+
+def _routing(
+    config: RunConfig,
+    backbone: Backbone,
+    scorer: Scorer,
+    router: Router,
+    held: HeldOut,
+    found: Scores,
+    before: Scores | None,
+) -> dict[str, Any]:
+    """Routing metrics on whole rows, on prompts only, and with template and length made equal."""
+    n, names = len(held.pairs), list(router.names)
+    options = {"resamples": config.evaluate.bootstrap}
+    whole = found.token_pi[:n]
+    length, equal = _one_template(config, backbone, scorer, router, held, whole)
+    variants = {
+        "held-out rows": np.stack([pi.mean(axis=0) for pi in whole]),
+        "prompts only": np.stack(
+            [pi[: row.prompt_length].mean(axis=0) for pi, row in zip(whole, held.chosen, strict=True)]
+        ),
+        "one template, matched lengths": equal,
+    }
+    if before is not None:
+        uncalibrated = np.stack([pi.mean(axis=0) for pi in before.token_pi])
+        variants = {"before calibration": uncalibrated, **variants}
+    assert found.layer_pi is not None
+    layers = {m: found.layer_pi[:n][held.objective == i].mean(axis=0).tolist() for i, m in enumerate(names)}
+    return {
+        "routing": {v: metrics.routing_report(p, held.objective, names, **options) for v, p in variants.items()},
+        "matched_length": length,
+        "layer_routing": layers,
+    }
+
+
+def _one_template(
+    config: RunConfig, backbone: Backbone, scorer: Scorer, router: Router, held: HeldOut, whole: list[np.ndarray]
+) -> tuple[int, np.ndarray]:
+    """(length, pi [n,E]) over the first tokens of each row, as many as the shortest has, one template for all.
+
+    A causal model routes a row's beginning as if it stood alone, so a row is cut by averaging over
+    its first tokens; rows are run again only where the objectives' templates differ.
+    """
+    used = {templates.resolve(config.data[m].template, backbone.tokenizer) for m in router.names}
+    if len(used) > 1:
+        common = templates.resolve("auto", backbone.tokenizer)
+        examples = [p.chosen for p in held.pairs]
+        rows = templates.encode(common, examples, backbone.tokenizer, config.train.seq_len)
+        whole = scorer.score(rows, router=router).token_pi
+    length = min(len(pi) for pi in whole)
+    return length, np.stack([pi[:length].mean(axis=0) for pi in whole])
+
+
+def _key(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector], router: Any, rows: list) -> str:
+    """A digest of everything scores depend on, so that stored ones are never used for another model."""
+    digest = zlib.crc32(json.dumps([backbone.fingerprint, config.dtype, list(vectors)]).encode())
+    for leaf in jax.tree.leaves([[v.sites for v in vectors.values()], router]):
+        digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
+    for row in rows:
+        digest = zlib.crc32(row.ids.tobytes() + bytes(str(row.prompt_length), "ascii"), digest)
+    return f"{digest:08x}"
+
+
+def _stored(path: Path, key: str, bar: Any, batches: int, compute: Any) -> Scores:
+    """Scores from ``path`` where they were made of the same inputs, else computed and kept there."""
+    if path.exists():
+        with np.load(path, allow_pickle=False) as data:
+            if str(data["key"]) == key:
+                bar.advance("kept", steps=batches)
+                ends = np.cumsum(data["lengths"])[:-1]
+                token_pi = np.split(data["token_pi"], ends) if len(data["lengths"]) else []
+                layer_pi = data["layer_pi"] if len(data["lengths"]) else None
+                return Scores(data["nll"], data["tokens"], token_pi, layer_pi)
+    scores = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_suffix(".partial.npz")
+    np.savez(
+        staging,
+        key=key,
+        nll=scores.nll,
+        tokens=scores.tokens,
+        lengths=np.asarray([len(x) for x in scores.token_pi], int),
+        token_pi=np.concatenate(scores.token_pi) if scores.token_pi else np.zeros((0, 0)),
+        layer_pi=np.zeros(0) if scores.layer_pi is None else scores.layer_pi,
+    )
+    staging.replace(path)
+    return scores

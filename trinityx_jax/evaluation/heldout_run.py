@@ -1,0 +1,32 @@
+"""The held-out evaluation of a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trinityx_jax.api import open_run
+from trinityx_jax.config import load_config
+from trinityx_jax.errors import UserError
+from trinityx_jax.evaluation.heldout import evaluate
+
+
+def evaluate_run(run: str | Path, out: str | Path | None = None) -> tuple[dict[str, Any], Path]:
+    """Evaluate a run's systems on the test rows its configuration names.
+
+    Returns:
+        the results, and the path of ``results.json``.
+
+    Raises:
+        UserError: the run is not whole, or names no test rows.
+    """
+    opened = open_run(run)
+    folder = opened.folder
+    configs = [folder.path / f"config-{stage}.yaml" for stage in ("router", "experts")]
+    found = [path for path in configs if path.exists()]
+    if not found:
+        raise UserError(f"{folder.path}: holds no configuration (config-experts.yaml)")
+    before = (folder.done("router") or {}).get("temperature_before")
+    target = Path(out) if out else folder.path / "evaluation"
+    results = evaluate(load_config(found[0]), opened.backbone, opened.vectors, opened.router, target, before)
+    return results, target / "results.json"

@@ -1,0 +1,155 @@
+"""Metrics as plain functions on arrays; each gives a value, n, and a bootstrap 95 % interval (METHOD 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from trinityx_jax.errors import UserError
+
+RESAMPLES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number, how many rows it rests on, and its 95 % percentile-bootstrap interval."""
+
+    value: float
+    n: int
+    interval: tuple[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"value": self.value, "n": self.n, "interval": list(self.interval)}
+
+
+def bootstrap(
+    statistic: Callable[..., np.ndarray], *columns: Any, resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
+    """Estimate a statistic of rows by resampling whole rows, so paired columns stay paired.
+
+    Args:
+        statistic: takes the columns as [..., n] or [..., n, k] arrays, reduces the row axis.
+        columns: arrays with rows first.
+
+    Raises:
+        UserError: there are no rows.
+    """
+    arrays = [np.asarray(c, np.float64) for c in columns]
+    n = len(arrays[0])
+    if n == 0:
+        raise UserError("a metric of no rows is not defined")
+    index = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    draws = statistic(*(a[index] for a in arrays))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    value = statistic(*(a[None] for a in arrays))[0]
+    return Estimate(float(value), n, (float(low), float(high)))
+
+
+def _mean(x: np.ndarray) -> np.ndarray:
+    return x.mean(axis=1)
+
+
+def share(flags: Sequence[bool] | np.ndarray, **options: Any) -> Estimate:
+    """Share of true flags, in 0..1 (accuracies)."""
+    return bootstrap(_mean, flags, **options)
+
+
+def win_rate(preferences: Sequence[float], **options: Any) -> Estimate:
+    """WR = 100 mean(preference - 1): AlpacaEval's 1 is a loss, 2 a win, 1.5 a tie (paper 4.2)."""
+    values = np.asarray(preferences, np.float64)
+    if not np.isin(values, (1.0, 1.5, 2.0)).all():
+        raise UserError("win_rate: preferences must be 1, 1.5 or 2")
+    return bootstrap(lambda x: 100 * (x - 1).mean(axis=1), values, **options)
+
+
+def unsafe_rate(flags: Sequence[bool], **options: Any) -> Estimate:
+    """SS = 100 unsafe / n: lower is better (paper 4.2)."""
+    return bootstrap(lambda x: 100 * x.mean(axis=1), flags, **options)
+
+
+def truthful_informative(truthful: Sequence[bool], informative: Sequence[bool], **options: Any) -> dict[str, Estimate]:
+    """T, I, the paper's product of the two shares, and the usual share that is both; in percent."""
+    t, i = np.asarray(truthful, np.float64), np.asarray(informative, np.float64)
+    return {
+        "truthful": bootstrap(lambda x: 100 * x.mean(axis=1), t, **options),
+        "informative": bootstrap(lambda x: 100 * x.mean(axis=1), i, **options),
+        "product": bootstrap(lambda x, y: 100 * x.mean(axis=1) * y.mean(axis=1), t, i, **options),
+        "joint": bootstrap(lambda x, y: 100 * (x * y).mean(axis=1), t, i, **options),
+    }
+
+
+def perplexity(nll: np.ndarray, tokens: np.ndarray, **options: Any) -> Estimate:
+    """exp(sum of nll / sum of tokens) over rows; nll in nats per row."""
+    return bootstrap(lambda x, c: np.exp(x.sum(axis=1) / c.sum(axis=1)), nll, tokens, **options)
+
+
+def log_perplexity_difference(nll: np.ndarray, reference: np.ndarray, tokens: np.ndarray, **options: Any) -> Estimate:
+    """log perplexity minus the reference's on the same rows, paired; below 0 is better."""
+    return bootstrap(lambda x, r, c: (x - r).sum(axis=1) / c.sum(axis=1), nll, reference, tokens, **options)
+
+
+def brier(probabilities: np.ndarray, labels: np.ndarray, **options: Any) -> Estimate:
+    """Mean over rows of the squared distance between [n,E] probabilities and the one-hot label."""
+    distance = np.square(probabilities - np.eye(probabilities.shape[1])[labels]).sum(axis=1)
+    return bootstrap(_mean, distance, **options)
+
+
+def nll(probabilities: np.ndarray, labels: np.ndarray, **options: Any) -> Estimate:
+    """Mean -log p(label), in nats."""
+    return bootstrap(_mean, -np.log(probabilities[np.arange(len(labels)), labels] + 1e-20), **options)
+
+
+def _calibration_gap(confidence: np.ndarray, hit: np.ndarray, bins: int) -> np.ndarray:
+    """ECE of each resample [r,n] -> [r]."""
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    gap = np.zeros(len(confidence))
+    for b in range(bins):
+        inside = which == b
+        gap += np.abs(((confidence - hit) * inside).sum(axis=1))
+    return gap / confidence.shape[1]
+
+
+def ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15, **options: Any) -> Estimate:
+    """Expected calibration error of the top class over equal-width bins, in 0..1."""
+    confidence = probabilities.max(axis=1)
+    hit = probabilities.argmax(axis=1) == labels
+    return bootstrap(lambda c, h: _calibration_gap(c, h, bins), confidence, hit, **options)
+
+
+def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[dict[str, float]]:
+    """The reliability curve: per non-empty bin its edges, mean confidence, accuracy and count."""
+    confidence = probabilities.max(axis=1)
+    hit = probabilities.argmax(axis=1) == labels
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    return [
+        {
+            "low": b / bins,
+            "high": (b + 1) / bins,
+            "confidence": float(confidence[which == b].mean()),
+            "accuracy": float(hit[which == b].mean()),
+            "count": int((which == b).sum()),
+        }
+        for b in range(bins)
+        if (which == b).any()
+    ]
+
+
+def routing_report(probabilities: np.ndarray, labels: np.ndarray, names: Sequence[str], **options: Any) -> dict:
+    """Every routing metric of [n,E] row probabilities against the objective ids, JSON-ready."""
+    chosen = probabilities.argmax(axis=1)
+    confusion = np.zeros((len(names), len(names)), int)
+    np.add.at(confusion, (labels, chosen), 1)
+    return {
+        "accuracy": share(chosen == labels, **options).as_dict(),
+        "ece15": ece(probabilities, labels, 15, **options).as_dict(),
+        "ece10": ece(probabilities, labels, 10, **options).as_dict(),
+        "brier": brier(probabilities, labels, **options).as_dict(),
+        "nll": nll(probabilities, labels, **options).as_dict(),
+        "confusion": confusion.tolist(),
+        "mean_pi": {n: probabilities[labels == i].mean(axis=0).tolist() for i, n in enumerate(names)},
+        "reliability": reliability(probabilities, labels),
+    }

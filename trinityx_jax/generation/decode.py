@@ -1,0 +1,191 @@
+"""Batched text generation with a key/value cache: base, static expert weights, or routed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trinityx_jax.backbone import Backbone, BackboneConfig, empty_cache, unembed
+from trinityx_jax.data.batching import round_up
+from trinityx_jax.data.objectives import Example
+from trinityx_jax.data.templates import encode_prompts
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts import TaskVector, stack
+from trinityx_jax.generation.sampling import Sampling, choose
+from trinityx_jax.mocae import Router, hidden_states
+
+PROMPT_MULTIPLE = 32  # prompts are left-padded to this, so that few shapes are compiled
+
+
+def generate(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    *,
+    experts: Mapping[str, TaskVector] | None = None,
+    router: Router | None = None,
+    weights: Mapping[str, float] | None = None,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    template: str = "auto",
+    seed: int = 0,
+    dtype: str = "float32",
+) -> list[str]:
+    """Answer prompts; without experts by the base model, with ``weights`` by a static combination.
+
+    Args:
+        template: how a prompt is wrapped (``data.templates``); ``none`` feeds it as it is.
+        sampling: None is greedy.
+
+    Returns:
+        the answers' text, in order, without the end-of-sequence token.
+
+    Raises:
+        UserError: there is no tokenizer, a prompt is empty, or names do not match.
+    """
+    ids = generate_ids(
+        backbone, prompt_ids(backbone, prompts, template), experts=experts, router=router, weights=weights,
+        max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, dtype=dtype,
+    )  # fmt: skip
+    return [backbone.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+
+
+def prompt_ids(backbone: Backbone, prompts: Sequence[str], template: str = "auto") -> list[list[int]]:
+    """Token ids of prompts in a template."""
+    if backbone.tokenizer is None:
+        raise UserError("this model has no tokenizer: text cannot be generated")
+    if isinstance(prompts, str):
+        raise UserError("prompts: expected a list of texts, found one text")
+    for index, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise UserError(f"prompts[{index}]: the prompt is empty")
+    if template == "none":
+        return backbone.tokenizer(list(prompts))["input_ids"]
+    return encode_prompts(template, [Example(p, "", "") for p in prompts], backbone.tokenizer)
+
+
+def generate_ids(
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    *,
+    experts: Mapping[str, TaskVector] | None = None,
+    router: Router | None = None,
+    weights: Mapping[str, float] | None = None,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> list[list[int]]:
+    """As ``generate``, from token ids to token ids; an answer ends before its end-of-sequence token."""
+    if not prompts:
+        return []
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: must be at least 1, is {max_new_tokens}")
+    stacked, static = combine(experts, router, weights)
+    size = round_up(max(len(p) for p in prompts), PROMPT_MULTIPLE)
+    limit = backbone.config.max_position_embeddings
+    if max(len(p) for p in prompts) + max_new_tokens > limit:
+        raise UserError(f"a prompt and {max_new_tokens} new tokens are more than the model's {limit} positions")
+    tokens, mask = np.zeros((len(prompts), size), np.int32), np.zeros((len(prompts), size), bool)
+    for row, ids in enumerate(prompts):
+        tokens[row, size - len(ids) :], mask[row, size - len(ids) :] = ids, True
+    ends = end_ids(backbone)
+    out = _decode(
+        backbone.params, stacked, router, static, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(seed),
+        config=backbone.config, count=max_new_tokens, ends=ends, sampling=sampling or Sampling(), dtype=dtype,
+    )  # fmt: skip
+    answers = []
+    for row in np.asarray(out).tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+        answers.append(row[:stop])
+    return answers
+
+
+def combine(
+    experts: Mapping[str, TaskVector] | None, router: Router | None, weights: Mapping[str, float] | None
+) -> tuple[Any, jax.Array | None]:
+    """(stacked experts or None, static weights [E] or None), checked against each other.
+
+    Raises:
+        UserError: names do not match, or both or neither of router and weights are given.
+    """
+    if experts is None:
+        if router is not None or weights is not None:
+            raise UserError("a router or weights need experts")
+        return None, None
+    if (router is None) == (weights is None):
+        raise UserError("experts need either a router or weights, one of the two")
+    names = list(experts)
+    if router is not None:
+        if set(router.names) != set(names):
+            raise UserError(f"the router routes between {', '.join(router.names)}; the experts are {', '.join(names)}")
+        return stack([experts[n] for n in router.names]), None
+    assert weights is not None
+    for name in weights:
+        if name not in experts:
+            raise UserError(f"weights: there is no expert {name!r} (experts: {', '.join(names)})")
+    return stack(list(experts.values())), jnp.asarray([weights.get(n, 0.0) for n in names], jnp.float32)
+
+
+def end_ids(backbone: Backbone) -> tuple[int, ...]:
+    """Every token id that ends an answer."""
+    ends = backbone.config.eos_token_id
+    found = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    if backbone.tokenizer is not None and backbone.tokenizer.eos_token_id is not None:
+        found.add(backbone.tokenizer.eos_token_id)
+    return tuple(sorted(found))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "count", "ends", "sampling", "dtype"))
+def _decode(
+    base: Any,
+    experts: Any,
+    router: Router | None,
+    weights: jax.Array | None,
+    tokens: jax.Array,  # [B,P], left-padded
+    mask: jax.Array,  # [B,P]
+    key: jax.Array,
+    *,
+    config: BackboneConfig,
+    count: int,
+    ends: tuple[int, ...],
+    sampling: Sampling,
+    dtype: str,
+) -> jax.Array:
+    """New tokens [B,count]; after a row's end its slots hold the end token."""
+    batch, size = tokens.shape
+    kind = jnp.dtype(dtype)
+    stop = jnp.asarray(ends, jnp.int32)
+
+    def forward(ids: jax.Array, real: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        hidden, _, cache = hidden_states(
+            base, config, ids, real, experts=experts, router=router, weights=weights, cache=cache, dtype=kind
+        )
+        return unembed(base, config, hidden[:, -1]), cache
+
+    def is_end(token: jax.Array) -> jax.Array:
+        return jnp.any(token[:, None] == stop[None], axis=1)
+
+    cache = empty_cache(config, batch, size + count, kind)
+    logits, cache = forward(tokens, mask, cache)
+    first = choose(logits, sampling, jax.random.fold_in(key, 0))
+    fill = ends[0] if ends else 0
+    out = jnp.full((batch, count), fill, jnp.int32).at[:, 0].set(first)
+
+    def going(carry: Any) -> jax.Array:
+        step, _, done, _, _ = carry
+        return (step < count) & ~jnp.all(done)
+
+    def body(carry: Any) -> Any:
+        step, token, done, cache, out = carry
+        logits, cache = forward(token[:, None], ~done[:, None], cache)
+        token = choose(logits, sampling, jax.random.fold_in(key, step))
+        token = jnp.where(done, fill, token)
+        return step + 1, token, done | is_end(token), cache, out.at[:, step].set(token)
+
+    state = (jnp.asarray(1), first, is_end(first), cache, out)
+    return jax.lax.while_loop(going, body, state)[-1]

@@ -1,0 +1,55 @@
+"""Choosing the next token."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from trinityx_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Temperature 0 is greedy. ``top_k`` keeps the k likeliest, ``top_p`` the smallest set of that mass.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature: must not be negative, is {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k: must be at least 1, is {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: must be in (0, 1], is {self.top_p}")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise UserError("top_k and top_p need a temperature above 0: greedy decoding does not use them")
+
+
+def choose(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
+    """Next token ids [B] from float32 logits [B,V]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, filtered(logits, sampling)).astype(jnp.int32)
+
+
+def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits over the temperature, with what top_k and top_p leave out at -inf."""
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if sampling.top_p is not None:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+        kept = jnp.sum(mass < sampling.top_p, axis=-1, keepdims=True)  # the first to reach the mass stays
+        threshold = jnp.take_along_axis(ordered, jnp.minimum(kept, logits.shape[-1] - 1), axis=-1)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    return logits

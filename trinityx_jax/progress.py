@@ -1,0 +1,57 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LINE_EVERY = 15.0  # seconds between plain lines
+
+
+class Progress:
+    """Counts steps of one task; ``advance`` takes a short note such as the current loss."""
+
+    def __init__(self, label: str, total: int, done: int = 0):
+        self.label, self.total, self.done = label, total, done
+        self._started = self._printed = time.monotonic()
+
+    def advance(self, note: str = "", steps: int = 1) -> None:
+        """Count ``steps`` more."""
+        self.done += steps
+        now = time.monotonic()
+        if now - self._printed >= LINE_EVERY or self.done == self.total:
+            self._printed = now
+            print(f"{self.label}: {self.done}/{self.total} {note} ({now - self._started:.0f} s)", flush=True)
+
+
+class _Bar(Progress):
+    def __init__(self, label: str, total: int, done: int = 0):
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Rich
+
+        super().__init__(label, total, done)
+        columns = (
+            TextColumn("{task.description:<18}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self.rich = Rich(*columns, TimeElapsedColumn(), TimeRemainingColumn())
+        self._task = self.rich.add_task(label, total=total, completed=done, note="")
+
+    def advance(self, note: str = "", steps: int = 1) -> None:
+        self.done += steps
+        self.rich.update(self._task, advance=steps, note=note)
+
+
+@contextmanager
+def progress(label: str, total: int, done: int = 0) -> Iterator[Progress]:
+    """A ``Progress`` fit for where standard output goes."""
+    if not sys.stdout.isatty():
+        yield Progress(label, total, done)
+        return
+    bar = _Bar(label, total, done)
+    with bar.rich:
+        yield bar

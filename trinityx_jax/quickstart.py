@@ -1,0 +1,147 @@
+"""From nothing to a working TrinityX: the same functions as the single commands, one after another."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.config import RunConfig, parse_config
+from trinityx_jax.convert.export import export_mocae, export_peft
+from trinityx_jax.convert.fetch import SMOLLM2
+from trinityx_jax.convert.load import load_backbone
+from trinityx_jax.errors import UserError
+from trinityx_jax.evaluation.answers import side_by_side
+from trinityx_jax.evaluation.collect import collect
+from trinityx_jax.evaluation.heldout import evaluate
+from trinityx_jax.evaluation.report import write_report
+from trinityx_jax.experts import TaskVector
+from trinityx_jax.files import write_json
+from trinityx_jax.mocae import Router
+from trinityx_jax.runs import RunFolder, load_experts, load_router
+from trinityx_jax.training.stages import settings as stage_settings
+from trinityx_jax.training.stages import train_experts, train_router
+
+EXPERT_STEPS, ROUTER_STEPS = 50, 40
+
+
+def settings(out: str, model: str, steps: int | None, stage: str) -> RunConfig:
+    """The quickstart's configuration of a stage: small, on the shipped rows."""
+    formats = {"helpful": ("alpaca", "jsonl"), "harmless": ("beavertails", "jsonl"), "honest": ("truthfulqa", "csv")}
+    data = {
+        name: {"source": f"samples/{name}-train.{end}", "test": f"samples/{name}-test.{end}", "format": kind}
+        for name, (kind, end) in formats.items()
+    }
+    train = {
+        "experts": {"steps": steps or EXPERT_STEPS, "batch_size": 4, "learning_rate": 2e-3},
+        "router": {"steps": steps or ROUTER_STEPS, "batch_size": 2, "learning_rate": 2e-2},
+    }[stage]
+    values = {
+        "model": model,
+        "out": out,
+        "experts": {"names": list(formats), "rank": 8, "alpha": 16, "dropout": 0.0},
+        "data": data,
+        "train": {**train, "seq_len": 128},
+        "checkpoint": {"every": 20, "keep": 1},
+    }
+    return parse_config(values, "quickstart")
+
+
+class Quickstart:
+    """The stages over one run folder; each is skipped where ``run.json`` says it is done."""
+
+    def __init__(self, out: str, model: str | None, steps: int | None):
+        self.model = model or SMOLLM2
+        self.run = RunFolder(out)
+        self.experts_config = settings(out, self.model, steps, "experts")
+        self.router_config = settings(out, self.model, steps, "router")
+        self._backbone: Backbone | None = None
+
+    @property
+    def backbone(self) -> Backbone:
+        """Loaded when the first unfinished stage needs it."""
+        if self._backbone is None:
+            print(f"backbone: loading {self.model}", flush=True)
+            self._backbone = load_backbone(self.model, dtype="float32")
+            self.run.open(self._backbone, self.model)
+        return self._backbone
+
+    @property
+    def vectors(self) -> dict[str, TaskVector]:
+        return load_experts(self.run.path, self.run.info()["base"]["fingerprint"])
+
+    @property
+    def router(self) -> Router:
+        return load_router(self.run.path, self.run.info()["base"]["fingerprint"])
+
+    def stage(self, name: str, work: Callable[[], Any]) -> None:
+        """Run ``work`` unless it is done; keep how long it took over all attempts."""
+        if self.run.done(f"quickstart/{name}") is not None:
+            print(f"{name}: done before", flush=True)
+            return
+        started = time.monotonic()
+        work()
+        self.run.finish(f"quickstart/{name}", seconds=round(time.monotonic() - started, 1))
+
+    def open(self) -> None:
+        """Check that a run in the folder is this one."""
+        if not self.run.info_path.exists():
+            return
+        found = self.run.info()["base"]["model"]
+        if found != self.model:
+            raise UserError(f"{self.run.path}: holds a run on {found}; choose another --out")
+        for stage, config in (("experts", self.experts_config), ("router", self.router_config)):
+            self.run.check_settings(stage, stage_settings(config))
+
+    def train_experts(self) -> None:
+        if self.run.done("experts") is None:
+            train_experts(self.experts_config, self.backbone)
+
+    def train_router(self) -> None:
+        if self.run.done("router") is None:
+            train_router(self.router_config, self.backbone, self.vectors)
+
+    def evaluate(self) -> None:
+        before = self.run.info()["stages"]["router"]["temperature_before"]
+        evaluate(self.router_config, self.backbone, self.vectors, self.router, self.run.path / "evaluation", before)
+
+    def answer(self) -> None:
+        found = side_by_side(self.router_config, self.backbone, self.vectors, self.router)
+        write_json(self.run.path / "evaluation" / "answers.json", found)
+
+    def export(self) -> None:
+        exports = self.run.path / "exports"
+        export_peft(self.vectors, self.backbone, exports / "peft", self.model)
+        export_mocae(self.backbone, self.vectors, self.router, exports / "mocae")
+
+    def report(self) -> tuple[dict[str, Any], Path]:
+        """Claims checked, ``report/index.html`` written: (results, its path)."""
+        results = collect(self.run)
+        return results, write_report(results, self.run.metrics(), self.run.path / "report")
+
+
+def quickstart(out: str, model: str | None, steps: int | None) -> tuple[dict[str, Any], Path]:
+    """Run every stage that is not finished, then the report.
+
+    Returns:
+        the results with their claims, and the report's path.
+
+    Raises:
+        UserError: the model cannot be had, or the folder holds another run.
+    """
+    q = Quickstart(out, model, steps)
+    q.open()
+    q.stage("experts", q.train_experts)
+    q.stage("router", q.train_router)
+    q.stage("evaluation", q.evaluate)
+    q.stage("answers", q.answer)
+    q.stage("exports", q.export)
+    return q.report()
+
+
+def peak_memory() -> float:
+    """Peak resident memory of this process, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

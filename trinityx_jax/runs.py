@@ -1,0 +1,229 @@
+"""The run folder: what stands where, and experts and routers as files."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts import TaskVector
+from trinityx_jax.files import atomic_dir, read_json, write_json
+from trinityx_jax.mocae import MoCaEConfig, Router
+
+FORMAT = 1
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_PACKAGES = ("trinityx_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+class RunFolder:
+    """A self-contained folder of one run. Opening an existing one checks its format and base."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def info_path(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def info(self) -> dict[str, Any]:
+        """``run.json``.
+
+        Raises:
+            UserError: there is no run here, or it has another format.
+        """
+        if not self.info_path.exists():
+            raise UserError(f"{self.path}: not a run folder (no run.json)")
+        info = read_json(self.info_path)
+        if not isinstance(info, dict) or info.get("format") != FORMAT:
+            raise UserError(f"{self.info_path}: not a run description of format {FORMAT}")
+        return info
+
+    def open(self, backbone: Backbone, model: str) -> None:
+        """Start the run on a base model loaded from ``model``, or go on with it.
+
+        Raises:
+            UserError: the folder holds a run on another base model.
+        """
+        if self.info_path.exists():
+            found, fingerprint = self.info()["base"]["fingerprint"], backbone.fingerprint
+            if found != fingerprint:
+                raise UserError(
+                    f"{self.path}: holds a run on another base model ({found[:12]}, this one is {fingerprint[:12]})"
+                )
+            return
+        versions = {name: _version(name) for name in _PACKAGES}
+        base = {
+            "model": model,
+            "fingerprint": backbone.fingerprint,
+            "parameters": sum(int(x.size) for x in jax.tree.leaves(backbone.params)),
+            "layers": backbone.config.num_layers,
+        }
+        write_json(self.info_path, {"format": FORMAT, "base": base, "versions": versions, "stages": {}})
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage left in ``run.json``; None where it is not finished."""
+        return self.info()["stages"].get(stage) if self.info_path.exists() else None
+
+    def finish(self, stage: str, **facts: Any) -> None:
+        """Record a stage as done, with what later readers want to know of it."""
+        info = self.info()
+        info["stages"][stage] = facts
+        write_json(self.info_path, info)
+
+    def check_settings(self, stage: str, settings: Mapping[str, Any]) -> bool:
+        """Whether ``stage`` is done; a run that was done with other settings is not overwritten.
+
+        Raises:
+            UserError: the stage was done with other settings.
+        """
+        done = self.done(stage)
+        if done is None:
+            return False
+        wanted = json.loads(json.dumps(settings))
+        for key, value in wanted.items():
+            if done["settings"].get(key) != value:
+                raise UserError(
+                    f"{self.path}: stage {stage!r} was done with other settings ({key}); choose another --out"
+                )
+        return True
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of ``metrics.jsonl``."""
+        if not self.metrics_path.exists():
+            return []
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def save_experts(self, vectors: Mapping[str, TaskVector]) -> None:
+        """Write each expert into ``experts/NAME``."""
+        for name, vector in vectors.items():
+            save_expert(vector, self.path / "experts" / name)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def save_expert(vector: TaskVector, out: Path) -> None:
+    """One expert as ``expert.safetensors`` and ``expert.json``.
+
+    Raises:
+        UserError: the folder's name cannot serve as an expert's name, or it cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    if not NAME.fullmatch(out.name):
+        raise UserError(f"expert name {out.name!r}: use letters, digits, '.', '_' and '-'")
+    arrays = {f"{s}.{k}": np.asarray(x) for s, site in vector.sites.items() for k, x in site.items()}
+    with atomic_dir(out) as staging:
+        save_file(arrays, staging / "expert.safetensors")
+        write_json(staging / "expert.json", {"format": FORMAT, "ranks": vector.ranks, "origin": vector.origin})
+
+
+def load_expert(folder: Path) -> TaskVector:
+    """The inverse of ``save_expert``."""
+    info = read_json(folder / "expert.json")
+    if info.get("format") != FORMAT:
+        raise UserError(f"{folder / 'expert.json'}: format {info.get('format')!r} is not {FORMAT}")
+    sites: dict[str, dict[str, jax.Array]] = {}
+    for key, value in _read_arrays(folder / "expert.safetensors").items():
+        site, _, leaf = key.partition(".")
+        sites.setdefault(site, {})[leaf] = value
+    for site, leaves in sites.items():
+        if set(leaves) != {"a", "b", "scale"}:
+            raise UserError(f"{folder / 'expert.safetensors'}: site {site!r} holds {', '.join(sorted(leaves))}")
+    return TaskVector(sites, info["origin"])
+
+
+def load_experts(path: str | Path, fingerprint: str | None = None) -> dict[str, TaskVector]:
+    """Experts by name, in the run's order: of a run, of its ``experts`` folder, or a single one.
+
+    Args:
+        fingerprint: the base they are to be used on; None does not check.
+
+    Raises:
+        UserError: there is no expert, one is damaged, or one was trained on another base.
+    """
+    path = Path(path)
+    order: list[str] = []
+    if (path / "run.json").exists():
+        order = (RunFolder(path).done("experts") or {}).get("names", [])
+        path = path / "experts"
+    if (path / "expert.json").exists():
+        folders = [path]
+    else:
+        folders = sorted(p.parent for p in path.glob("*/expert.json"))
+        folders.sort(key=lambda p: order.index(p.name) if p.name in order else len(order))
+    if not folders:
+        raise UserError(f"{path}: holds no expert (no expert.json)")
+    vectors = {folder.name: load_expert(folder) for folder in folders}
+    for name, vector in vectors.items():
+        check_base(f"expert {name!r}", vector.origin.get("base"), fingerprint)
+    return vectors
+
+
+def save_router(router: Router, out: Path, base: str) -> None:
+    """A router as ``router.safetensors`` and ``router.json``."""
+    from safetensors.numpy import save_file
+
+    arrays = {k: np.asarray(getattr(router, k)) for k in ("kernel", "bias", "gamma", "temperature")}
+    arrays |= {f"norm.{k}": np.asarray(x) for k, x in router.norm.items()}
+    info = {"format": FORMAT, "base": base, "names": list(router.names), "mocae": dataclasses.asdict(router.config)}
+    with atomic_dir(out) as staging:
+        save_file(arrays, staging / "router.safetensors")
+        write_json(staging / "router.json", info)
+
+
+def load_router(path: str | Path, fingerprint: str | None = None) -> Router:
+    """The router of a run, or of a ``router`` folder.
+
+    Raises:
+        UserError: there is none, it is damaged, or it was trained on another base.
+    """
+    path = Path(path)
+    if (path / "run.json").exists():
+        path = path / "router"
+    if not (path / "router.json").exists():
+        raise UserError(f"{path}: holds no router (no router.json)")
+    info = read_json(path / "router.json")
+    if info.get("format") != FORMAT:
+        raise UserError(f"{path / 'router.json'}: format {info.get('format')!r} is not {FORMAT}")
+    check_base("router", info["base"], fingerprint)
+    arrays = _read_arrays(path / "router.safetensors")
+    norm = {k.removeprefix("norm."): arrays.pop(k) for k in list(arrays) if k.startswith("norm.")}
+    if set(arrays) != {"kernel", "bias", "gamma", "temperature"}:
+        raise UserError(f"{path / 'router.safetensors'}: holds {', '.join(sorted(arrays))}")
+    return Router(**arrays, norm=norm, config=MoCaEConfig(**info["mocae"]), names=tuple(info["names"]))
+
+
+def check_base(what: str, found: str | None, wanted: str | None) -> None:
+    """Raise where something trained on one base is to be used on another."""
+    if wanted is not None and found is not None and found != wanted:
+        raise UserError(f"{what} was trained on another base model ({found[:12]}, this one is {wanted[:12]})")
+
+
+def _read_arrays(file: Path) -> dict[str, jax.Array]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return {k: jnp.asarray(x) for k, x in load_file(file).items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error})") from error

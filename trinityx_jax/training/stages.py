@@ -1,0 +1,232 @@
+"""Stage 1 trains the experts, stage 2 the router, both in terms of one loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.config import RunConfig, save_config
+from trinityx_jax.data.batching import TrainingBatches, evaluation_batches
+from trinityx_jax.data.objectives import Example, get_format, load_examples
+from trinityx_jax.data.sources import load_rows
+from trinityx_jax.data.splits import overlap, split_by_question
+from trinityx_jax.data.templates import Encoded, encode
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts import TaskVector, gamma, init_expert, stack, unstack
+from trinityx_jax.mocae import Router, hidden_states, init_router, token_routing
+from trinityx_jax.mocae.calibration import fit_temperature
+from trinityx_jax.runs import RunFolder, save_router
+from trinityx_jax.training.checkpoint import Checkpoints
+from trinityx_jax.training.loop import run_steps
+from trinityx_jax.training.optimizer import make_optimizer
+from trinityx_jax.training.step import TrainState, expert_step, router_step, trained_experts, trained_router
+
+log = logging.getLogger(__name__)
+UNREPEATED = {"out", "evaluate", "checkpoint"}  # sections that do not change what a stage computes
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Encoded rows per objective: to train on, and held out (by question) to calibrate the router."""
+
+    train: dict[str, list[Encoded]]
+    calibration: dict[str, list[Encoded]]
+
+
+def load_training_rows(config: RunConfig, backbone: Backbone) -> Rows:
+    """Read, split by question and tokenise every objective's training rows.
+
+    Rows whose prompt also stands in the test file are dropped, and counted in a warning.
+    """
+    if backbone.tokenizer is None:
+        raise UserError(f"{config.model}: holds no tokenizer; training needs one")
+    train: dict[str, list[Encoded]] = {}
+    calibration: dict[str, list[Encoded]] = {}
+    for name in config.experts.names:
+        data = config.data[name]
+        examples = load_examples(data.source, data.format, data.split, data.limit)
+        examples = _without_test_prompts(name, examples, config)
+        kept, held = split_by_question(examples, data.calibration, config.seed)
+        if not kept or not held:
+            raise UserError(f"data.{name}: {len(examples)} rows are too few to hold some out for calibration")
+        for target, part in ((train, kept), (calibration, held)):
+            target[name] = encode(data.template, part, backbone.tokenizer, config.train.seq_len)
+    return Rows(train, calibration)
+
+
+def _without_test_prompts(name: str, examples: list[Example], config: RunConfig) -> list[Example]:
+    data = config.data[name]
+    if data.test is None:
+        return examples
+    pairs = get_format(data.format).pairs(load_rows(data.test, data.test_split))
+    shared = overlap(examples, [p.chosen for p in pairs])
+    if shared:
+        log.warning("data.%s: %d training prompts also stand in the test rows and are dropped", name, len(shared))
+    return [e for e in examples if e.question not in shared]
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """What of the configuration decides a stage's result."""
+    values = config.model_dump(mode="json", by_alias=True)
+    return {key: value for key, value in values.items() if key not in UNREPEATED}
+
+
+def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector]:
+    """Stage 1: each expert on its own rows, the base frozen. Goes on where an earlier call stopped.
+
+    Writes ``experts/NAME``, ``metrics.jsonl`` and ``config-experts.yaml`` in the run folder.
+
+    Raises:
+        UserError: the rows or the configuration are wrong, or the run folder holds another run.
+        Stopped: a signal asked for it; state was saved.
+    """
+    run = RunFolder(config.out)
+    run.open(backbone, config.model)
+    rows = load_training_rows(config, backbone).train
+    save_config(config, run.path / "config-experts.yaml", "experts")
+    names = config.experts.names
+    groups = [names] if config.train.mode == "joint" else [[name] for name in names]
+    vectors: dict[str, TaskVector] = {}
+    for group in groups:
+        stage = "experts" if len(groups) == 1 else f"experts/{group[0]}"
+        vectors |= _train_group(config, backbone, run, stage, {name: rows[name] for name in group})
+    run.save_experts(vectors)
+    run.finish("experts", names=names, settings=settings(config), rows={n: len(r) for n, r in rows.items()})
+    return vectors
+
+
+def _train_group(
+    config: RunConfig, backbone: Backbone, run: RunFolder, stage: str, rows: dict[str, list[Encoded]]
+) -> dict[str, TaskVector]:
+    """Train the experts of one group in one compiled step."""
+    e, train, names = config.experts, config.train, list(rows)
+    experts = stack([init_expert(backbone.config, e.rank, e.alpha, e.sites, config.seed, n) for n in names])
+    batches = TrainingBatches(rows, train.batch_size, _pad_id(backbone), config.seed)
+    total = train.steps or max(1, round(train.epochs * batches.steps_per_epoch))
+    optimizer = make_optimizer(train, total, per_expert=True)
+    dtype = jnp.dtype(config.dtype)
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(config.seed + 1), zlib.crc32(n.encode())) for n in names])
+    update = expert_step(backbone.config, optimizer, dtype=dtype, dropout=e.dropout, remat=train.remat)
+    compiled = jax.jit(update, donate_argnums=0)
+    trained = jax.tree.map(jnp.copy, trained_experts(experts))
+    state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), jnp.zeros(()))
+
+    def describe(metrics: Any) -> dict[str, float]:
+        out = {"loss": float(metrics["loss"].mean())}
+        for index, name in enumerate(names):
+            out[f"loss/{name}"] = float(metrics["loss"][index])
+            out[f"grad_norm/{name}"] = float(metrics["grad_norm"][index])
+        return out
+
+    checkpoints = Checkpoints(run.path / "checkpoints" / stage, config.checkpoint)
+    state = run_steps(
+        state, lambda s, b: compiled(s, backbone.params, experts, keys, b), batches, total,
+        stage=stage, metrics_path=run.metrics_path, checkpoints=checkpoints, describe=describe,
+    )  # fmt: skip
+    checkpoints.close()
+    origin = {"base": backbone.fingerprint, "rank": e.rank, "alpha": e.alpha, "steps": total}
+    done = {s: {**state.params[s], "scale": x["scale"]} for s, x in experts.items()}
+    return {n: TaskVector(v.sites, {**origin, "objective": n}) for n, v in zip(names, unstack(done), strict=True)}
+
+
+def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector]) -> Router:
+    """Stage 2: gamma~, then the router on the objectives' rows in equal share, then its temperature.
+
+    Writes ``router/``, ``metrics.jsonl`` and ``config-router.yaml`` in the run folder.
+
+    Raises:
+        UserError: as ``train_experts``; or the experts' names differ from the configuration's.
+        Stopped: a signal asked for it; state was saved.
+    """
+    names = config.experts.names
+    if set(vectors) != set(names):
+        raise UserError(f"experts: the configuration names {', '.join(names)}, found {', '.join(vectors)}")
+    vectors = {name: vectors[name] for name in names}
+    run = RunFolder(config.out)
+    run.open(backbone, config.model)
+    rows = load_training_rows(config, backbone)
+    save_config(config, run.path / "config-router.yaml", "router")
+    mocae = config.mocae_config()
+    if mocae.gamma_similarity == "uniform":
+        static = jnp.full((len(names),), 1.0 / len(names))
+    else:
+        static = gamma(vectors, similarity=mocae.gamma_similarity)
+    router = init_router(backbone.config, names, static, mocae, config.seed)
+    experts = stack(list(vectors.values()))
+    router = _train_router(config, backbone, run, rows.train, experts, router)
+    before = float(router.temperature)
+    router = calibrate(config, backbone, experts, router, rows.calibration)
+    save_router(router, run.path / "router", backbone.fingerprint)
+    facts = {
+        "temperature_before": before,
+        "temperature": float(router.temperature),
+        "gamma": dict(zip(names, np.asarray(router.gamma).tolist(), strict=True)),
+        "rows": {n: [len(rows.train[n]), len(rows.calibration[n])] for n in names},
+    }
+    run.finish("router", settings=settings(config), **facts)
+    return router
+
+
+def _train_router(
+    config: RunConfig, backbone: Backbone, run: RunFolder, rows: dict[str, list[Encoded]], experts: Any, router: Router
+) -> Router:
+    train = config.train
+    batches = TrainingBatches(rows, train.batch_size, _pad_id(backbone), config.seed + 1)
+    total = train.steps or max(1, round(train.epochs * batches.steps_per_epoch))
+    optimizer = make_optimizer(train, total, per_expert=False)
+    update = router_step(backbone.config, optimizer, dtype=jnp.dtype(config.dtype), remat=train.remat)
+    compiled = jax.jit(update, donate_argnums=0)
+    key = jax.random.key(config.seed + 2)
+    trained = jax.tree.map(jnp.copy, trained_router(router))
+    count = len(router.names)
+    previous = jnp.full((backbone.config.num_layers, count), 1.0 / count)
+    state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), previous)
+
+    def describe(metrics: Any) -> dict[str, float]:
+        out = {k: float(v) for k, v in metrics.items() if k != "load"}
+        return out | {f"load/{n}": float(x) for n, x in zip(router.names, metrics["load"], strict=True)}
+
+    checkpoints = Checkpoints(run.path / "checkpoints" / "router", config.checkpoint)
+    state = run_steps(
+        state, lambda s, b: compiled(s, backbone.params, experts, router, key, b), batches, total,
+        stage="router", metrics_path=run.metrics_path, checkpoints=checkpoints, describe=describe,
+    )  # fmt: skip
+    checkpoints.close()
+    return dataclasses.replace(router, **state.params)
+
+
+def calibrate(
+    config: RunConfig, backbone: Backbone, experts: Any, router: Router, rows: dict[str, list[Encoded]]
+) -> Router:
+    """The router with the temperature that fits the objective id best on held-out rows (METHOD 4)."""
+    flat = [e for part in rows.values() for e in part]
+    labels = np.repeat(np.arange(len(rows)), [len(part) for part in rows.values()])
+
+    @jax.jit
+    def router_logits(base: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        _, aux, _ = hidden_states(
+            base, backbone.config, tokens, mask, experts=experts, router=router, dtype=jnp.dtype(config.dtype)
+        )
+        return token_routing(aux, "z")
+
+    z: dict[int, np.ndarray] = {}
+    for index, batch in evaluation_batches(flat, labels.tolist(), config.evaluate.batch_size, _pad_id(backbone)):
+        found = np.asarray(router_logits(backbone.params, batch.tokens, batch.mask))
+        for row, i in enumerate(index):
+            z[int(i)] = found[row][batch.mask[row]]
+    temperature = fit_temperature([z[i] for i in range(len(flat))], labels)
+    return dataclasses.replace(router, temperature=jnp.asarray(temperature, jnp.float32))
+
+
+def _pad_id(backbone: Backbone) -> int:
+    """Any id serves: padding is masked by position."""
+    pad = backbone.tokenizer.pad_token_id
+    return 0 if pad is None else int(pad)
