@@ -21,6 +21,15 @@ CHATML = (
 )
 
 
+DATA = """
+data:
+  helpful: {source: samples/helpful-train.jsonl, test: samples/helpful-test.jsonl, format: alpaca}
+  harmless: {source: samples/harmless-train.jsonl, test: samples/harmless-test.jsonl, format: beavertails}
+  honest: {source: samples/honest-train.csv, test: samples/honest-test.csv, format: truthfulqa}
+train: {steps: 3, batch_size: 2, seq_len: 160}
+""".replace("format", "limit: 24, test_limit: 4, format")
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
@@ -94,13 +103,33 @@ def tiny_model(tmp_path_factory, tiny_tokenizer) -> Path:
         pad_token_id=tiny_tokenizer.pad_token_id,
     )
     # wide enough that the next token depends on what came before
-    params = jax.tree.map(lambda x: 10 * x if x.std() else x, init_params(config, seed=1))
+    params = jax.jit(lambda: init_params(config, seed=1))()
+    params = jax.tree.map(lambda x: 10 * x if x.std() else x, params)
     folder = tmp_path_factory.mktemp("tiny") / "model"
     folder.mkdir()
     save_file(dict(hf.disassemble(config, params)), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_model: Path) -> Path:
+    """A stage 1 configuration; ``router.yaml`` beside it is stage 2's."""
+    head = f"model: {tiny_model}\nout: {tiny_model.parent / 'run'}\n"
+    (tiny_model.parent / "experts.yaml").write_text(head + "experts: {rank: 4, alpha: 8, dropout: 0.1}" + DATA)
+    (tiny_model.parent / "router.yaml").write_text(head + DATA)
+    return tiny_model.parent / "experts.yaml"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config: Path) -> Path:
+    """A finished run of both stages on the tiny model, made by the commands; not to be changed."""
+    from trinityx_jax import cli
+
+    assert cli.main(["train-experts", str(tiny_config)]) == 0
+    assert cli.main(["train-router", str(tiny_config.with_name("router.yaml"))]) == 0
+    return tiny_config.parent / "run"
 
 
 def _sample_texts() -> list[str]:

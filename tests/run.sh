@@ -23,4 +23,4 @@ fi
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-"$venv/bin/python" -m pytest --ignore tests/test_without_torch.py "$@"
+"$venv/bin/python" -m pytest --ignore tests/test_without_torch.py -n 2 --dist loadfile "$@"

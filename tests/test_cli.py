@@ -28,32 +28,6 @@ COMMANDS = [
 ]
 
 
-DATA = """
-data:
-  helpful: {source: samples/helpful-train.jsonl, test: samples/helpful-test.jsonl, format: alpaca}
-  harmless: {source: samples/harmless-train.jsonl, test: samples/harmless-test.jsonl, format: beavertails}
-  honest: {source: samples/honest-train.csv, test: samples/honest-test.csv, format: truthfulqa}
-train: {steps: 3, batch_size: 2, seq_len: 160}
-""".replace("format", "limit: 24, test_limit: 4, format")
-
-
-@pytest.fixture(scope="module")
-def tiny_config(tiny_model: Path) -> Path:
-    """A stage 1 configuration; ``router.yaml`` beside it is stage 2's."""
-    head = f"model: {tiny_model}\nout: {tiny_model.parent / 'run'}\n"
-    (tiny_model.parent / "experts.yaml").write_text(head + "experts: {rank: 4, alpha: 8, dropout: 0.1}" + DATA)
-    (tiny_model.parent / "router.yaml").write_text(head + DATA)
-    return tiny_model.parent / "experts.yaml"
-
-
-@pytest.fixture(scope="module")
-def tiny_run(tiny_config: Path) -> Path:
-    """A finished run of both stages on the tiny model, made by the commands; not to be changed."""
-    assert cli.main(["train-experts", str(tiny_config)]) == 0
-    assert cli.main(["train-router", str(tiny_config.with_name("router.yaml"))]) == 0
-    return tiny_config.parent / "run"
-
-
 def run(capsys, *argv: object) -> tuple[int, str, str]:
     code = cli.main([str(a) for a in argv])
     out = capsys.readouterr()

@@ -114,8 +114,6 @@ def train_router(config: Positional[str], overrides: Sequence[str] = ()) -> int:
     backbone = load_backbone(settings.model, settings.dtype)
     vectors = load_experts(source, backbone.fingerprint)
     router = stages.train_router(settings, backbone, vectors)
-    if source != settings.out:  # a run folder is self-contained
-        run.save_experts({name: vectors[name] for name in router.names})
     print(f"wrote {run.path / 'router'}: temperature {float(router.temperature):.3f}")
     return OK
 
@@ -263,6 +261,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs tracebacks of errors it raises as well
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     if words in (["--version"], ["-V"]):
         print(__version__)

@@ -47,6 +47,11 @@ class DataConfig(_Section):
     test_limit: int | None = Field(default=None, ge=1)
     template: Literal[TEMPLATES] = "auto"  # type: ignore[valid-type]
     calibration: float = Field(default=0.15, gt=0, lt=1)
+    on_bad_row: Literal["error", "skip"] = "error"
+
+    @property
+    def skip_bad(self) -> bool:
+        return self.on_bad_row == "skip"
 
 
 class TrainConfig(_Section):
@@ -75,7 +80,7 @@ class EvaluateConfig(_Section):
     """Rows per batch, prompts answered side by side (per objective), answer length, bootstrap resamples."""
 
     batch_size: int = Field(default=16, ge=1)
-    prompts: int = Field(default=1, ge=0)
+    prompts: int = Field(default=1, ge=1)
     max_new_tokens: int = Field(default=48, ge=1)
     bootstrap: int = Field(default=1000, ge=100)
 

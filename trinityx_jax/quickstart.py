@@ -36,8 +36,8 @@ def settings(out: str, model: str, steps: int | None, stage: str) -> RunConfig:
         for name, (kind, end) in formats.items()
     }
     train = {
-        "experts": {"steps": steps or EXPERT_STEPS, "batch_size": 4, "learning_rate": 2e-3},
-        "router": {"steps": steps or ROUTER_STEPS, "batch_size": 2, "learning_rate": 2e-2},
+        "experts": {"steps": EXPERT_STEPS if steps is None else steps, "batch_size": 4, "learning_rate": 2e-3},
+        "router": {"steps": ROUTER_STEPS if steps is None else steps, "batch_size": 2, "learning_rate": 2e-2},
     }[stage]
     values = {
         "model": model,
@@ -78,7 +78,7 @@ class Quickstart:
         return load_router(self.run.path, self.run.info()["base"]["fingerprint"])
 
     def stage(self, name: str, work: Callable[[], Any]) -> None:
-        """Run ``work`` unless it is done; keep how long it took over all attempts."""
+        """Run ``work`` unless it is done, and keep how long the attempt that finished it took."""
         if self.run.done(f"quickstart/{name}") is not None:
             print(f"{name}: done before", flush=True)
             return

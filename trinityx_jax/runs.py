@@ -72,7 +72,7 @@ class RunFolder:
             "parameters": sum(int(x.size) for x in jax.tree.leaves(backbone.params)),
             "layers": backbone.config.num_layers,
         }
-        write_json(self.info_path, {"format": FORMAT, "base": base, "versions": versions, "stages": {}})
+        write_json(self.info_path, {"format": FORMAT, "base": base, "versions": versions, "settings": {}, "stages": {}})
 
     def done(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage left in ``run.json``; None where it is not finished."""
@@ -85,21 +85,27 @@ class RunFolder:
         write_json(self.info_path, info)
 
     def check_settings(self, stage: str, settings: Mapping[str, Any]) -> bool:
-        """Whether ``stage`` is done; a run that was done with other settings is not overwritten.
+        """Whether ``stage`` is done.
 
         Raises:
-            UserError: the stage was done with other settings.
+            UserError: the stage was begun with other settings, which are not mixed with these.
         """
-        done = self.done(stage)
-        if done is None:
+        if not self.info_path.exists():
             return False
-        wanted = json.loads(json.dumps(settings))
-        for key, value in wanted.items():
-            if done["settings"].get(key) != value:
+        begun = self.info()["settings"].get(stage, settings)
+        for key, value in json.loads(json.dumps(settings)).items():
+            if begun.get(key) != value:
                 raise UserError(
-                    f"{self.path}: stage {stage!r} was done with other settings ({key}); choose another --out"
+                    f"{self.path}: stage {stage!r} was begun with other settings ({key}); choose another --out"
                 )
-        return True
+        return self.done(stage) is not None
+
+    def begin(self, stage: str, settings: Mapping[str, Any]) -> None:
+        """Record a stage's settings before its first step; raises as ``check_settings``."""
+        self.check_settings(stage, settings)
+        info = self.info()
+        info["settings"][stage] = dict(settings)
+        write_json(self.info_path, info)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every whole line of ``metrics.jsonl``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 
 import jax
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.torch
 TEXTS = [
     "The Great Wall of China was built over many centuries, by several dynasties, mostly to keep out raiders from the "
     "north. Contrary to a common belief, it cannot be seen from the Moon with the naked eye.",
-    "def mean(values):\n    if not values:\n        raise ValueError('no values')\n    return sum(values) / len(values)\n\n"
-    "print(mean([1, 2, 3.5]))  # 2.1666666666666665",
+    "def mean(values):\n    if not values:\n        raise ValueError('none')\n    return sum(values) / len(values)\n"
+    "\nprint(mean([1, 2, 3.5]))  # 2.1666666666666665",
     "<|im_start|>user\nWhy do onions make you cry?<|im_end|>\n<|im_start|>assistant\nCutting an onion breaks its cells "
     "and frees an enzyme. The gas it makes stings your eyes, so they water — naïve, isn't it?<|im_end|>\n",
 ]
@@ -60,26 +61,37 @@ CORPUS = [
     "🦊👩‍👩‍👧‍👦🏳️‍🌈 ☕️ \u200b\u200d\ufeff \x00\x07\x1b",
     "for (int i = 0; i < 10; ++i) { a[i] *= 0x1F; } // TODO: $x_1$ && ~y ^ z",
     "https://example.org/a?b=1&c=%20#frag user@host.tld C:\\dir\\file.txt",
-    "3.14 1,000,000 2024-01-02 1st 2nd x1y2 ½ ² Ⅳ ٣٤ 12monkeys 007",
-    "<|im_start|>system\nBe brief.<|im_end|>\n<|endoftext|><|im_start|><repo_name>me/it<file_sep>a.py<|im_sep|><|im_end",
+    "3.14 1,000,000 2024-01-02 1st 2nd x1y2 x² 12monkeys 007",
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|endoftext|><|im_start|><repo_name>me<file_sep>a.py<|im_sep|><|im_end",
 ]
-# A run of spaces before a number: "smollm" splits digits first, so that the run stays whole
+# "smollm" cuts digits out first: a run of spaces before one stays whole, a space never joins one
 DIFFERENT = {
     "  12": (["ĠĠ", "1", "2"], ["Ġ", "Ġ", "1", "2"]),
     "\n\n12": (["ĊĊ", "1", "2"], ["Ċ", "Ċ", "1", "2"]),
     "x  7": (["x", "ĠĠ", "7"], ["x", "Ġ", "Ġ", "7"]),
     "1\n\n2": (["1", "ĊĊ", "2"], ["1", "Ċ", "Ċ", "2"]),
     "  1  ": (["ĠĠ", "1", "ĠĠ"], ["Ġ", "Ġ", "1", "ĠĠ"]),
+    "= ½": (["=", "Ġ", "Â½"], ["=", "ĠÂ", "½"]),
 }
 CHATS = [
     [{"role": "user", "content": "Hello"}],
-    [{"role": "system", "content": "Answer in verse."}, {"role": "user", "content": " 42? "}],
+    [{"role": "system", "content": "Answer in verse."}, {"role": "user", "content": " Why 42? "}],
     [
         {"role": "user", "content": "One\n\ntwo"},
         {"role": "assistant", "content": "Three <|im_end|>"},
         {"role": "user", "content": "four 🦊"},
     ],
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Three readers parse the file's hundred thousand strings; once is enough."""
+    import gguf
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +104,10 @@ def theirs(smollm2):
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32).eval()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # its threads' spinning costs minutes where the cores are shared
+    yield AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32).eval()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -116,22 +131,19 @@ def test_geometry(ours, theirs):
 def test_logits(ours, theirs):
     import torch
 
-    rows = [ours.tokenizer(text)["input_ids"] for text in TEXTS]
-    short, size = min(map(len, rows)), max(map(len, rows))
-    assert size - short > 5
+    size = 40
+    rows = np.asarray([ours.tokenizer(text)["input_ids"][:size] for text in TEXTS])
 
     @jax.jit
     def run(params, tokens, mask):
         return tx.forward(dataclasses.replace(ours, params=params), tokens, mask=mask)[0]
 
     for side in ("unpadded", "right", "left"):
-        tokens, mask = np.full((len(rows), size), ours.config.pad_token_id), np.zeros((len(rows), size), bool)
-        if side == "unpadded":
-            tokens, mask = np.asarray([row[:short] for row in rows]), np.ones((len(rows), short), bool)
-        else:
-            for i, row in enumerate(rows):
-                place = slice(len(row)) if side == "right" else slice(size - len(row), size)
-                tokens[i, place], mask[i, place] = row, True
+        tokens, mask = np.full(rows.shape, ours.config.pad_token_id), np.zeros(rows.shape, bool)
+        for i, row in enumerate(rows):
+            count = size if side == "unpadded" else size - 7 * i
+            place = slice(size - count, size) if side == "left" else slice(count)
+            tokens[i, place], mask[i, place] = row[:count], True
         with torch.no_grad():
             wanted = theirs(torch.tensor(tokens), attention_mask=torch.tensor(mask).long()).logits.numpy()[mask]
         found = np.asarray(run(ours.params, tokens, mask))[mask]
@@ -166,7 +178,7 @@ def test_tokens(ours, their_tokenizer):
         assert tokenizer.decode(ids, skip_special_tokens=True) == their_tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_tokens_before_digits(ours, their_tokenizer):
+def test_digits(ours, their_tokenizer):
     """The one difference; ours is what the published tokenizer, Sequence[Digits, ByteLevel], gives."""
     for text, (mine, other) in DIFFERENT.items():
         ids = ours.tokenizer(text)["input_ids"]

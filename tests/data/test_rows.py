@@ -84,3 +84,10 @@ def test_split_by_question_keeps_answers_together() -> None:
     assert not overlap(kept, held)
     assert abs(len({e.question for e in held}) / len({e.question for e in examples}) - 0.2) < 0.02
     assert split_by_question(examples, 0.2, seed=4)[1] != held
+
+
+def test_bad_rows_are_skipped_and_counted_on_request(tmp_path, caplog) -> None:
+    rows = [{"instruction": "a", "input": "", "output": "b"}, {"instruction": "c", "input": "", "output": ""}]
+    path = str(write(tmp_path, "x.json", json.dumps(rows)))
+    assert [e.prompt for e in load_examples(path, "alpaca", skip_bad=True)] == ["a"]
+    assert re.search(r"1 of 2 rows are skipped; the last: .*x\.json\[1\]: field 'output' is empty", caplog.text)

@@ -83,7 +83,7 @@ def test_a_zero_expert_makes_gamma_uniform_with_a_warning(caplog: pytest.LogCapt
 
 
 def test_refusals_name_what_is_wrong() -> None:
-    with pytest.raises(UserError, match="'harmless'.*negat"):
+    with pytest.raises(UserError, match=r"'harmless'.*negat"):
         gamma({"helpful": unit(0), "harmless": -1.0 * unit(1)}, unit(0) + unit(1))
     with pytest.raises(UserError, match="'euclid'"):
         gamma(EXPERTS, similarity="euclid")
@@ -92,5 +92,5 @@ def test_refusals_name_what_is_wrong() -> None:
     with pytest.raises(UserError, match="at least one"):
         naive_sum([])
     broken = {**EXPERTS, "honest": float("nan") * EXPERTS["honest"]}
-    with pytest.raises(UserError, match="'honest'.*finite"):
+    with pytest.raises(UserError, match=r"'honest'.*finite"):
         gamma(broken)

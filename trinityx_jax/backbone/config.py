@@ -40,7 +40,7 @@ class BackboneConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "head_dim"):
+        for name in _SIZES:
             if getattr(self, name) <= 0:
                 raise UserError(f"backbone config: {name} must be positive, not {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
@@ -58,17 +58,21 @@ class BackboneConfig:
         """Read Hugging Face's ``config.json`` as a mapping.
 
         Raises:
-            UserError: the model type, or a field that is set, is not supported; a size is missing.
+            UserError: the model type, or a field that is set, is not supported; a size is missing or no number.
         """
+        if not isinstance(config, Mapping):
+            raise UserError(f"{where}: not a model's configuration (expected a JSON object)")
         config = dict(config)
         kind = config.pop("model_type", None)
         if kind != "llama":
             raise UserError(f"{where}: model_type {kind!r} is not supported (supported: llama)")
         values: dict[str, Any] = {}
         for theirs, ours in _FIELDS.items():
-            if config.get(theirs) is not None:
-                values[ours] = config.pop(theirs)
-            config.pop(theirs, None)
+            value = config.pop(theirs, None)
+            if value is not None:
+                values[ours] = value
+            if ours in _SIZES and value is not None and (not isinstance(value, int) or value <= 0):
+                raise UserError(f"{where}: field {theirs!r} = {value!r} is not a positive whole number")
         values["rope_theta"] = _take_theta(config, where)
         for name in sorted(config.keys() - _NO_EFFECT):
             if config[name] != _NEUTRAL.get(name):
@@ -76,6 +80,8 @@ class BackboneConfig:
         missing = [t for t in _REQUIRED if _FIELDS[t] not in values]
         if missing:
             raise UserError(f"{where}: field {missing[0]!r} is missing")
+        if not _positive(values["rms_norm_eps"]):
+            raise UserError(f"{where}: field 'rms_norm_eps' = {values['rms_norm_eps']!r} is not a positive number")
         values.setdefault("num_kv_heads", values["num_heads"])
         values.setdefault("head_dim", values["hidden_size"] // values["num_heads"])
         if isinstance(values.get("eos_token_id"), list):
@@ -113,6 +119,16 @@ _FIELDS = {
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
 }
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -143,9 +159,11 @@ _NEUTRAL = {"pretraining_tp": 1, "attention_dropout": 0.0, "rope_interleaved": F
 def _take_theta(config: dict[str, Any], where: str) -> float:
     """Remove every spelling of the rope settings from ``config`` and return theta."""
     theta = config.pop("rope_theta", None)
-    rope = dict(config.pop("rope_parameters", None) or {})
-    scaling = dict(config.pop("rope_scaling", None) or {})
-    for name, settings in (("rope_parameters", rope), ("rope_scaling", scaling)):
+    for name in ("rope_parameters", "rope_scaling"):
+        settings = config.pop(name, None) or {}
+        if not isinstance(settings, Mapping):
+            raise UserError(f"{where}: field {name!r} = {settings!r} is not a JSON object")
+        settings = dict(settings)
         found = settings.pop("rope_theta", None)
         theta = found if found is not None else theta
         kind = settings.pop("rope_type", settings.pop("type", "default"))
@@ -157,4 +175,10 @@ def _take_theta(config: dict[str, Any], where: str) -> float:
     if theta is None:
         log.warning("%s has no rope theta: using LLaMA's documented default %g", where, LLAMA_DEFAULT_THETA)
         theta = LLAMA_DEFAULT_THETA
+    if not _positive(theta):
+        raise UserError(f"{where}: rope_theta = {theta!r} is not a positive number")
     return float(theta)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -44,9 +45,10 @@ def export_peft(vectors: Mapping[str, TaskVector], backbone: Backbone, out: Path
     folders = [out / name for name in vectors]
     for folder in folders:
         _check_replaceable(folder, "adapter_config.json")
-    for folder, (name, vector) in zip(folders, vectors.items(), strict=True):
-        scale = _uniform_scale(vector)
-        with atomic_dir(folder) as staging:
+    with contextlib.ExitStack() as stack:  # all are complete before the first gets its name
+        for folder, (name, vector) in zip(folders, vectors.items(), strict=True):
+            scale = _uniform_scale(vector)
+            staging = stack.enter_context(atomic_dir(folder))
             _save(staging / "adapter_model.safetensors", dict(_peft_tensors(vector, fold=scale is None)))
             write_json(staging / "adapter_config.json", _peft_config(vector, scale, base_model))
             write_text(staging / "README.md", _adapter_card(name, vector, backbone, base_model))

@@ -23,6 +23,14 @@ _CONFIG = {
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
 }
+_REQUIRED = (
+    "context_length",
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
 _BLOCK = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -62,17 +70,24 @@ class GGUF:
             raise UserError(f"{path}: architecture {architecture!r} is not supported (supported: llama)")
 
     def hf_config(self) -> dict[str, Any]:
-        """The file's geometry as Hugging Face config fields."""
+        """The file's geometry as Hugging Face config fields.
+
+        Raises:
+            UserError: a field is missing or not supported.
+        """
+        for name in _REQUIRED:
+            if f"llama.{name}" not in self.fields:
+                raise UserError(f"{self.path}: field 'llama.{name}' is missing")
         out: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu"}
         for key, value in self.fields.items():
             if not key.startswith("llama."):
                 continue
             name = key.removeprefix("llama.")
-            if name in _CONFIG:
+            if name in _CONFIG and not isinstance(value, list):  # a list varies by layer
                 out[_CONFIG[name]] = value
             elif name not in ("rope.dimension_count", "attention.value_length"):
                 raise UserError(f"{self.path}: field {key!r} = {value!r} is not supported")
-        head_dim = out.get("head_dim", out["hidden_size"] // out["num_attention_heads"])
+        head_dim = out.get("head_dim", out["hidden_size"] // (out["num_attention_heads"] or 1))
         for name in ("rope.dimension_count", "attention.value_length"):
             found = self.fields.get(f"llama.{name}", head_dim)
             if found != head_dim:
@@ -82,7 +97,7 @@ class GGUF:
         out["tie_word_embeddings"] = "output.weight" not in names
         out["attention_bias"] = "blk.0.attn_q.bias" in names
         out["mlp_bias"] = "blk.0.ffn_up.bias" in names
-        out.setdefault("vocab_size", len(self.fields["tokenizer.ggml.tokens"]))
+        out.setdefault("vocab_size", len(self.fields.get("tokenizer.ggml.tokens", ())) or None)
         for ours in ("bos", "eos"):
             out[f"{ours}_token_id"] = self.fields.get(f"tokenizer.ggml.{ours}_token_id")
         out["pad_token_id"] = self.fields.get("tokenizer.ggml.padding_token_id")
@@ -114,13 +129,22 @@ class GGUF:
         raise UserError(f"{self.path}: tensor {stem!r} is not supported")
 
     def tokenizer(self) -> Any:
-        """The file's byte-level BPE as a transformers tokenizer, chat template included."""
+        """The file's byte-level BPE as a transformers tokenizer, chat template included; None where it has none.
+
+        Raises:
+            UserError: the tokenizer is of another kind, or a part of it is missing.
+        """
         f = self.fields
-        if f.get("tokenizer.ggml.model") != "gpt2":
+        if "tokenizer.ggml.model" not in f:
+            return None
+        if f["tokenizer.ggml.model"] != "gpt2":
             raise UserError(
-                f"{self.path}: tokenizer {f.get('tokenizer.ggml.model')!r} is not supported "
+                f"{self.path}: tokenizer {f['tokenizer.ggml.model']!r} is not supported "
                 "(supported: byte-level BPE, 'gpt2'); use the model's Hugging Face folder"
             )
+        for name in ("tokens", "token_type", "merges"):
+            if f"tokenizer.ggml.{name}" not in f:
+                raise UserError(f"{self.path}: field 'tokenizer.ggml.{name}' is missing")
         from transformers import PreTrainedTokenizerFast
 
         tokens = f["tokenizer.ggml.tokens"]

@@ -32,6 +32,7 @@ for _site in ("gate", "up", "down"):
 
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_STORED = {"F64", "F32", "F16", "BF16"}  # safetensors' names; integers and float8 are quantisations
 
 
 def expected(config: BackboneConfig) -> dict[str, tuple[tuple[str, ...], int | None, bool]]:
@@ -68,13 +69,12 @@ def assemble(
     shapes = dict(leaves(config))
     arrays: dict[tuple[str, ...], np.ndarray] = {}
     seen: set[str] = set()
+    repeated: np.ndarray | None = None
     for name, tensor in tensors:
         if name.endswith("rotary_emb.inv_freq"):  # derived from theta, stored by old transformers
             continue
         if name == "lm_head.weight" and config.tie_embeddings:  # some tied files repeat the embedding
-            embedding = arrays.get(("embed", "embedding"))
-            if embedding is not None and not np.array_equal(tensor.astype(embedding.dtype), embedding):
-                raise UserError(f"{where}: lm_head.weight differs from the embedding it is declared tied to")
+            repeated = tensor
             continue
         if name not in places:
             raise UserError(f"{where}: tensor {name!r} does not belong to this model")
@@ -84,7 +84,9 @@ def assemble(
             if dtype not in DTYPES:
                 raise UserError(f"{where}: stored as {dtype}; choose one to load it in ({', '.join(DTYPES)})")
         value = tensor.T if transposed else tensor
-        target = arrays.setdefault(path, np.empty(shapes[path], numpy_dtype(dtype)))
+        if path not in arrays:
+            arrays[path] = np.empty(shapes[path], numpy_dtype(dtype))
+        target = arrays[path]
         slot = target if layer is None else target[layer]
         if slot.shape != value.shape:
             raise UserError(
@@ -95,6 +97,10 @@ def assemble(
     missing = sorted(places.keys() - seen)
     if missing:
         raise UserError(f"{where}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
+    if repeated is not None:
+        embedding = arrays["embed", "embedding"]
+        if not np.array_equal(repeated.astype(embedding.dtype), embedding):
+            raise UserError(f"{where}: lm_head.weight differs from the embedding it is declared tied to")
     return nest(arrays)
 
 
@@ -134,7 +140,11 @@ def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face folder, each checked to exist."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        described = read_json(index)
+        weight_map = described.get("weight_map") if isinstance(described, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index}: has no 'weight_map' from tensors to files")
+        names = sorted(set(weight_map.values()))
     elif (folder / "model.safetensors").exists():
         names = ["model.safetensors"]
     else:
@@ -151,7 +161,7 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, np.ndarray]]:
     """Stream (name, tensor) from safetensors files.
 
     Raises:
-        UserError: a file is cut short or is not safetensors.
+        UserError: a file is cut short or is not safetensors, or a tensor is quantised.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -159,6 +169,9 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, np.ndarray]]:
         try:
             with safe_open(file, framework="numpy") as handle:
                 for name in handle.keys():  # noqa: SIM118 (not a dict)
+                    stored = handle.get_slice(name).get_dtype()
+                    if stored not in _STORED:
+                        raise UserError(f"{file}: tensor {name!r} is stored as {stored}, which is not supported")
                     yield name, handle.get_tensor(name)
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise UserError(f"{file}: not a whole safetensors file ({error})") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -78,7 +77,6 @@ def save_converted(backbone: Backbone, out: Path) -> None:
         write_json(staging / "config.json", backbone.config.to_hf())
         manifest = {
             "format": FORMAT,
-            "backbone": dataclasses.asdict(backbone.config),
             "dtype": str(jax.tree.leaves(backbone.params)[0].dtype),
             "fingerprint": backbone.fingerprint,
             "extras": dict(backbone.extras),
@@ -117,20 +115,20 @@ def _load_converted(folder: Path, dtype: str | None) -> Backbone:
     import orbax.checkpoint as ocp
 
     manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{folder / MANIFEST}: format {manifest.get('format')!r} is not {FORMAT}")
-    fields = dict(manifest["backbone"])
-    if isinstance(fields.get("eos_token_id"), list):
-        fields["eos_token_id"] = tuple(fields["eos_token_id"])
-    config = BackboneConfig(**fields)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{folder / MANIFEST}: not the description of a converted model of format {FORMAT}")
+    for name in ("dtype", "fingerprint", "extras"):
+        if name not in manifest:
+            raise UserError(f"{folder / MANIFEST}: {name!r} is missing")
+    config = BackboneConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     wanted = hf.numpy_dtype(dtype or manifest["dtype"])
     target = hf.nest({p: jax.ShapeDtypeStruct(s, wanted) for p, s in hf.leaves(config)})
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore((folder / "params").resolve(), target)
-    except (ValueError, OSError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder}: the converted checkpoint cannot be read ({first})") from error
+    except Exception as error:  # orbax raises even a bare Exception; what it came from says more
+        cause = _first_line(error.__cause__ or error)
+        raise UserError(f"{folder}: the converted checkpoint cannot be read ({cause})") from error
     if fingerprint(config, params) != manifest["fingerprint"]:
         raise UserError(f"{folder}: the parameters do not match the fingerprint in {MANIFEST}")
     return Backbone(config, params, load_tokenizer(folder), manifest["fingerprint"], manifest["extras"])
@@ -145,8 +143,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; each means this folder's tokenizer is unusable
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first})") from error
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)})") from error
 
 
 def _download(hub_id: str) -> Path:
@@ -160,5 +157,9 @@ def _download(hub_id: str) -> Path:
     except HFValidationError:
         raise UserError(f"{hub_id}: no such file or folder, and not a hub id") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{hub_id}: no such folder here, and the hub did not give it ({first})") from error
+        cause = _first_line(error)
+        raise UserError(f"{hub_id}: no such folder here, and the hub did not give it ({cause})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from trinityx_jax.data.sources import Row, load_rows
 from trinityx_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,24 +54,51 @@ class Format:
     pair_kind: str
 
 
-def load_examples(source: str, format_name: str, split: str = "train", limit: int | None = None) -> list[Example]:
+def load_examples(
+    source: str, format_name: str, split: str = "train", limit: int | None = None, skip_bad: bool = False
+) -> list[Example]:
     """The rows to learn from.
+
+    Args:
+        skip_bad: leave out rows that lack a field, and count them in a warning, instead of raising.
 
     Raises:
         UserError: a row lacks a field, or nothing is left.
     """
-    examples = get_format(format_name).examples(load_rows(source, split))
+    examples = get_format(format_name).examples(_rows(source, format_name, split, skip_bad))
     if not examples:
         raise UserError(f"{source}: no row can be learned from as {format_name!r}")
     return examples[:limit]
 
 
-def load_pairs(source: str, format_name: str, split: str = "test", limit: int | None = None) -> list[Pair]:
-    """The held-out prompts, each with an answer to prefer and one to reject, one pair a question."""
-    pairs = get_format(format_name).pairs(load_rows(source, split))
+def load_pairs(
+    source: str, format_name: str, split: str = "test", limit: int | None = None, skip_bad: bool = False
+) -> list[Pair]:
+    """The held-out prompts, each with an answer to prefer and one to reject, one pair a question.
+
+    Arguments and errors are those of ``load_examples``.
+    """
+    pairs = get_format(format_name).pairs(_rows(source, format_name, split, skip_bad))
     if not pairs:
         raise UserError(f"{source}: no preference pair can be made of it as {format_name!r}")
     return pairs[:limit]
+
+
+def _rows(source: str, format_name: str, split: str, skip_bad: bool) -> Rows:
+    rows = load_rows(source, split)
+    if not skip_bad:
+        return rows
+    kind, good, last = get_format(format_name), [], ""
+    for row in rows:
+        try:
+            kind.examples([row])
+            kind.pairs([row])
+            good.append(row)
+        except UserError as error:
+            last = str(error)
+    if len(good) < len(rows):
+        log.warning("%s: %d of %d rows are skipped; the last: %s", source, len(rows) - len(good), len(rows), last)
+    return good
 
 
 def get_format(name: str) -> Format:

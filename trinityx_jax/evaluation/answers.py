@@ -9,7 +9,7 @@ from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig
 from trinityx_jax.data.objectives import load_pairs
 from trinityx_jax.data.templates import encode_prompts
-from trinityx_jax.evaluation.heldout import BASE, MOCAE
+from trinityx_jax.evaluation.heldout import BASE, MOCAE, in_order
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.generation.answers import answer_routing
 from trinityx_jax.generation.decode import generate_ids
@@ -26,13 +26,17 @@ def side_by_side(
         per prompt: objective, prompt, the reference, each system's text, the routing of MoCaE's
         answer as a mean over its tokens, and the routing of each of its tokens.
     """
+    vectors = in_order(config, vectors, router)
     names = list(vectors)
     chosen = []
     prompts: list[list[int]] = []
     for name in names:
         data = config.data[name]
         assert data.test is not None
-        own = [p.chosen for p in load_pairs(data.test, data.format, data.test_split)[: config.evaluate.prompts]]
+        own = [
+            p.chosen
+            for p in load_pairs(data.test, data.format, data.test_split, config.evaluate.prompts, data.skip_bad)
+        ]
         chosen += [(name, e) for e in own]
         prompts += encode_prompts(data.template, own, backbone.tokenizer)
     options: dict[str, Any] = {"max_new_tokens": config.evaluate.max_new_tokens, "dtype": config.dtype}

@@ -33,8 +33,12 @@ def collect(run: RunFolder) -> dict[str, Any]:
         out["rows"] = {
             m: {"train": a, "calibration": b, "test": tests.get(m, 0)} for m, (a, b) in facts["rows"].items()
         }
-    settings = stages.get("experts", {}).get("settings", {})
-    out["settings"] = {f"experts.{k}": v for k, v in settings.get("train", {}).items() if v is not None}
+    out["settings"] = {
+        f"{stage}.{key}": value
+        for stage, settings in info["settings"].items()
+        for key, value in settings["train"].items()
+        if value is not None
+    }
     timings = {k.removeprefix("quickstart/"): v["seconds"] for k, v in stages.items() if "seconds" in v}
     out["timings"] = timings
     if "perplexity" in out:

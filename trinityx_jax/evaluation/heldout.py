@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,21 @@ class HeldOut:
     rejected: list[Encoded]
 
 
-def load_held_out(config: RunConfig, backbone: Backbone) -> HeldOut:
-    """The test rows of every objective, tokenised in its own template.
+def in_order(config: RunConfig, vectors: Mapping[str, TaskVector], router: Router | None) -> dict[str, TaskVector]:
+    """The experts in the order of the router, or of the configuration, which names the objectives.
+
+    Raises:
+        UserError: configuration, experts and router do not name the same objectives.
+    """
+    names = config.experts.names if router is None else list(router.names)
+    for what, found in (("configuration", config.experts.names), ("run's experts", list(vectors))):
+        if set(found) != set(names):
+            raise UserError(f"the {what} are {', '.join(found)}; expected {', '.join(names)}")
+    return {name: vectors[name] for name in names}
+
+
+def load_held_out(config: RunConfig, names: Sequence[str], backbone: Backbone) -> HeldOut:
+    """The test rows of every objective, in the order of ``names``, each tokenised in its own template.
 
     Raises:
         UserError: an objective names no test rows, or they cannot be read.
@@ -49,11 +62,11 @@ def load_held_out(config: RunConfig, backbone: Backbone) -> HeldOut:
     objective: list[int] = []
     chosen: list[Encoded] = []
     rejected: list[Encoded] = []
-    for index, name in enumerate(config.experts.names):
+    for index, name in enumerate(names):
         data = config.data[name]
         if data.test is None:
             raise UserError(f"data.{name}.test: no test rows are named, evaluation needs them")
-        own = load_pairs(data.test, data.format, data.test_split, data.test_limit)
+        own = load_pairs(data.test, data.format, data.test_split, data.test_limit, data.skip_bad)
         for target, part in ((chosen, [p.chosen for p in own]), (rejected, [p.rejected for p in own])):
             target += templates.encode(data.template, part, backbone.tokenizer, config.train.seq_len)
         pairs += own
@@ -87,8 +100,9 @@ def evaluate(
     Returns:
         the results (see ``report.write_report`` for their layout).
     """
+    vectors = in_order(config, vectors, router)
     names = list(vectors)
-    held = load_held_out(config, backbone)
+    held = load_held_out(config, names, backbone)
     rows = [*held.chosen, *held.rejected]
     scorer = Scorer(backbone, stack(list(vectors.values())), config.dtype, config.evaluate.batch_size)
     compared = {s: w for s, w in systems(names).items() if w is not None or router is not None}

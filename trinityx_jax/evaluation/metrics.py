@@ -36,10 +36,12 @@ def bootstrap(
         columns: arrays with rows first.
 
     Raises:
-        UserError: there are no rows.
+        UserError: there are no rows, or columns differ in length.
     """
     arrays = [np.asarray(c, np.float64) for c in columns]
     n = len(arrays[0])
+    if any(len(a) != n for a in arrays):
+        raise UserError(f"a metric's columns differ in length: {', '.join(str(len(a)) for a in arrays)}")
     if n == 0:
         raise UserError("a metric of no rows is not defined")
     index = np.random.default_rng(seed).integers(0, n, (resamples, n))
@@ -92,14 +94,30 @@ def log_perplexity_difference(nll: np.ndarray, reference: np.ndarray, tokens: np
     return bootstrap(lambda x, r, c: (x - r).sum(axis=1) / c.sum(axis=1), nll, reference, tokens, **options)
 
 
+def _same_rows(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays, probabilities [n,E] and labels [n].
+
+    Raises:
+        UserError: they differ in length, or there are none.
+    """
+    p, which = np.asarray(probabilities, np.float64), np.asarray(labels)
+    if len(p) != len(which):
+        raise UserError(f"a metric's columns differ in length: {len(p)}, {len(which)}")
+    if not len(p):
+        raise UserError("a metric of no rows is not defined")
+    return p, which
+
+
 def brier(probabilities: np.ndarray, labels: np.ndarray, **options: Any) -> Estimate:
     """Mean over rows of the squared distance between [n,E] probabilities and the one-hot label."""
+    probabilities, labels = _same_rows(probabilities, labels)
     distance = np.square(probabilities - np.eye(probabilities.shape[1])[labels]).sum(axis=1)
     return bootstrap(_mean, distance, **options)
 
 
 def nll(probabilities: np.ndarray, labels: np.ndarray, **options: Any) -> Estimate:
     """Mean -log p(label), in nats."""
+    probabilities, labels = _same_rows(probabilities, labels)
     return bootstrap(_mean, -np.log(probabilities[np.arange(len(labels)), labels] + 1e-20), **options)
 
 
@@ -115,6 +133,7 @@ def _calibration_gap(confidence: np.ndarray, hit: np.ndarray, bins: int) -> np.n
 
 def ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15, **options: Any) -> Estimate:
     """Expected calibration error of the top class over equal-width bins, in 0..1."""
+    probabilities, labels = _same_rows(probabilities, labels)
     confidence = probabilities.max(axis=1)
     hit = probabilities.argmax(axis=1) == labels
     return bootstrap(lambda c, h: _calibration_gap(c, h, bins), confidence, hit, **options)
@@ -122,6 +141,7 @@ def ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15, **options
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[dict[str, float]]:
     """The reliability curve: per non-empty bin its edges, mean confidence, accuracy and count."""
+    probabilities, labels = _same_rows(probabilities, labels)
     confidence = probabilities.max(axis=1)
     hit = probabilities.argmax(axis=1) == labels
     which = np.minimum((confidence * bins).astype(int), bins - 1)

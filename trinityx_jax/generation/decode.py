@@ -63,6 +63,8 @@ def prompt_ids(backbone: Backbone, prompts: Sequence[str], template: str = "auto
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
             raise UserError(f"prompts[{index}]: the prompt is empty")
+    if not prompts:
+        return []
     if template == "none":
         return backbone.tokenizer(list(prompts))["input_ids"]
     return encode_prompts(template, [Example(p, "", "") for p in prompts], backbone.tokenizer)
@@ -85,6 +87,9 @@ def generate_ids(
         return []
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: must be at least 1, is {max_new_tokens}")
+    for index, ids in enumerate(prompts):
+        if not len(ids):
+            raise UserError(f"prompts[{index}]: the prompt is empty")
     stacked, static = combine(experts, router, weights)
     size = round_up(max(len(p) for p in prompts), PROMPT_MULTIPLE)
     limit = backbone.config.max_position_embeddings

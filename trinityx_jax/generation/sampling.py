@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,8 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature: must not be negative, is {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature: must be a number from 0, is {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k: must be at least 1, is {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -46,7 +47,7 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.top_k is not None:
         kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][..., -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:  # a rounded sum reaches 1 before the last token
         ordered = jnp.sort(logits, axis=-1, descending=True)
         mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
         kept = jnp.sum(mass < sampling.top_p, axis=-1, keepdims=True)  # the first to reach the mass stays

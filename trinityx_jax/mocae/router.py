@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,6 +55,13 @@ class MoCaEConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"mocae.{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("temperature", "dropout", "lambda_entropy", "lambda_kl", "lambda_gate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"mocae.{name}: must be a number, not {value!r}")
+        for name in ("train_gamma", "train_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"mocae.{name}: must be true or false, not {getattr(self, name)!r}")
         if not self.temperature > 0:
             raise UserError(f"mocae.temperature: must be positive, not {self.temperature}")
         if not 0 <= self.dropout < 1:
@@ -60,8 +69,8 @@ class MoCaEConfig:
         for name in ("lambda_entropy", "lambda_kl", "lambda_gate"):
             if getattr(self, name) < 0:
                 raise UserError(f"mocae.{name}: must not be negative, is {getattr(self, name)}")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"mocae.top_k: must be at least 1, not {self.top_k}")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise UserError(f"mocae.top_k: must be a whole number of at least 1, not {self.top_k!r}")
         if self.train_norm and self.output == "prenorm":
             raise UserError("mocae.train_norm: output 'prenorm' has no norm to train")
         if self.mixing == "weights" and self.weight == "anchored":
@@ -88,10 +97,15 @@ def preset(name: str, **changes: Any) -> MoCaEConfig:
     """A named preset with some fields changed.
 
     Raises:
-        UserError: there is no such preset.
+        UserError: there is no such preset, or a field is unknown.
     """
     if name not in PRESETS:
         raise UserError(f"mocae.preset: {name!r} is not one of {', '.join(PRESETS)}")
+    known = [field.name for field in dataclasses.fields(MoCaEConfig)]
+    for key in changes:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"mocae.{key}: unknown key (nearest: {nearest})")
     return dataclasses.replace(PRESETS[name], **changes)
 
 

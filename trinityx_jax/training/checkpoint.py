@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +47,25 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written.
         """
-        try:
+        with self._writing():
             if self._manager.latest_step() != int(state.step):
                 self._manager.save(int(state.step), args=ocp.args.StandardSave(state), force=True)
             if wait:
                 self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for writes under way; raises as ``save``."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError) as error:
             reason = "No space left on device" if disk_full(error) else _first(error)
             raise UserError(f"{self.folder}: a checkpoint cannot be written ({reason})") from error
-
-    def close(self, remove: bool = False) -> None:
-        """Wait for writes; ``remove`` deletes the stage's checkpoints once its result is saved."""
-        self._manager.wait_until_finished()
-        self._manager.close()
-        if remove:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _first(error: Any) -> str:

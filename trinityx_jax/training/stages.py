@@ -15,14 +15,13 @@ import numpy as np
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig, save_config
 from trinityx_jax.data.batching import TrainingBatches, evaluation_batches
-from trinityx_jax.data.objectives import Example, get_format, load_examples
-from trinityx_jax.data.sources import load_rows
+from trinityx_jax.data.objectives import Example, load_examples, load_pairs
 from trinityx_jax.data.splits import overlap, split_by_question
 from trinityx_jax.data.templates import Encoded, encode
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, gamma, init_expert, stack, unstack
 from trinityx_jax.mocae import Router, hidden_states, init_router, token_routing
-from trinityx_jax.mocae.calibration import fit_temperature
+from trinityx_jax.mocae.calibration import calibrated_temperature
 from trinityx_jax.runs import RunFolder, save_router
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
@@ -52,7 +51,7 @@ def load_training_rows(config: RunConfig, backbone: Backbone) -> Rows:
     calibration: dict[str, list[Encoded]] = {}
     for name in config.experts.names:
         data = config.data[name]
-        examples = load_examples(data.source, data.format, data.split, data.limit)
+        examples = load_examples(data.source, data.format, data.split, data.limit, data.skip_bad)
         examples = _without_test_prompts(name, examples, config)
         kept, held = split_by_question(examples, data.calibration, config.seed)
         if not kept or not held:
@@ -66,7 +65,7 @@ def _without_test_prompts(name: str, examples: list[Example], config: RunConfig)
     data = config.data[name]
     if data.test is None:
         return examples
-    pairs = get_format(data.format).pairs(load_rows(data.test, data.test_split))
+    pairs = load_pairs(data.test, data.format, data.test_split, skip_bad=data.skip_bad)
     shared = overlap(examples, [p.chosen for p in pairs])
     if shared:
         log.warning("data.%s: %d training prompts also stand in the test rows and are dropped", name, len(shared))
@@ -90,6 +89,7 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
     """
     run = RunFolder(config.out)
     run.open(backbone, config.model)
+    run.begin("experts", settings(config))
     rows = load_training_rows(config, backbone).train
     save_config(config, run.path / "config-experts.yaml", "experts")
     names = config.experts.names
@@ -99,7 +99,7 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
         stage = "experts" if len(groups) == 1 else f"experts/{group[0]}"
         vectors |= _train_group(config, backbone, run, stage, {name: rows[name] for name in group})
     run.save_experts(vectors)
-    run.finish("experts", names=names, settings=settings(config), rows={n: len(r) for n, r in rows.items()})
+    run.finish("experts", names=names, rows={n: len(r) for n, r in rows.items()})
     return vectors
 
 
@@ -152,6 +152,9 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     vectors = {name: vectors[name] for name in names}
     run = RunFolder(config.out)
     run.open(backbone, config.model)
+    run.begin("router", settings(config))
+    if run.done("experts") is None:  # they come from elsewhere; a run folder is self-contained
+        run.save_experts(vectors)
     rows = load_training_rows(config, backbone)
     save_config(config, run.path / "config-router.yaml", "router")
     mocae = config.mocae_config()
@@ -171,7 +174,7 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
         "gamma": dict(zip(names, np.asarray(router.gamma).tolist(), strict=True)),
         "rows": {n: [len(rows.train[n]), len(rows.calibration[n])] for n in names},
     }
-    run.finish("router", settings=settings(config), **facts)
+    run.finish("router", **facts)
     return router
 
 
@@ -206,7 +209,7 @@ def _train_router(
 def calibrate(
     config: RunConfig, backbone: Backbone, experts: Any, router: Router, rows: dict[str, list[Encoded]]
 ) -> Router:
-    """The router with the temperature that fits the objective id best on held-out rows (METHOD 4)."""
+    """The router with the temperature that fits the objective id on held-out rows (METHOD 4)."""
     flat = [e for part in rows.values() for e in part]
     labels = np.repeat(np.arange(len(rows)), [len(part) for part in rows.values()])
 
@@ -222,7 +225,7 @@ def calibrate(
         found = np.asarray(router_logits(backbone.params, batch.tokens, batch.mask))
         for row, i in enumerate(index):
             z[int(i)] = found[row][batch.mask[row]]
-    temperature = fit_temperature([z[i] for i in range(len(flat))], labels)
+    temperature = calibrated_temperature([z[i] for i in range(len(flat))], labels, float(router.temperature))
     return dataclasses.replace(router, temperature=jnp.asarray(temperature, jnp.float32))
 
 

@@ -1,0 +1,263 @@
+"""The decoder's tree, its cost of tracing, its configuration's translation, and what its rooms import."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trinityx_jax.backbone import (
+    BackboneConfig,
+    Decoder,
+    abstract_params,
+    base_feed_forward,
+    empty_cache,
+    init_params,
+    unembed,
+)
+from trinityx_jax.errors import UserError
+
+LLAMA2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+TINY = BackboneConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,
+    rms_norm_eps=1e-3,
+    rope_theta=5e5,
+    max_position_embeddings=64,
+    tie_embeddings=True,
+    attention_bias=True,
+    mlp_bias=True,
+    bos_token_id=1,
+    eos_token_id=(2, 7),
+    pad_token_id=0,
+)
+
+
+def test_7b_tree():
+    """Shapes and logical axes, without 27 GB of zeros."""
+    tree = abstract_params(BackboneConfig.from_hf(LLAMA2_7B))
+    boxes = jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "names"))
+    assert all(isinstance(box.value, jax.ShapeDtypeStruct) for box in boxes)
+    assert sum(math.prod(box.value.shape) for box in boxes) == 6_738_415_616
+    found = {
+        ".".join(key.key for key in path): (box.value.shape, box.names)
+        for path, box in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "names"))[0]
+    }
+    d, f, v, layers = 4096, 11008, 32000, 32
+    assert found == {
+        "embed.embedding": ((v, d), ("vocab", "embed")),
+        "norm.scale": ((d,), ("norm",)),
+        "lm_head.kernel": ((d, v), ("embed", "vocab")),
+        "blocks.attn_norm.scale": ((layers, d), ("layers", "norm")),
+        "blocks.mlp_norm.scale": ((layers, d), ("layers", "norm")),
+        "blocks.q.kernel": ((layers, d, d), ("layers", "embed", "heads")),
+        "blocks.k.kernel": ((layers, d, d), ("layers", "embed", "kv_heads")),
+        "blocks.v.kernel": ((layers, d, d), ("layers", "embed", "kv_heads")),
+        "blocks.o.kernel": ((layers, d, d), ("layers", "heads", "embed")),
+        "blocks.gate.kernel": ((layers, d, f), ("layers", "embed", "mlp")),
+        "blocks.up.kernel": ((layers, d, f), ("layers", "embed", "mlp")),
+        "blocks.down.kernel": ((layers, f, d), ("layers", "mlp", "embed")),
+    }
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(lambda: init_params(TINY))()
+
+
+def test_tied_tree_with_biases(params):
+    assert "lm_head" not in params
+    shapes = {name: params["blocks"][name]["bias"].shape for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    wide, narrow, d, f = (2, 48), (2, 24), (2, 32), (2, 48)
+    assert shapes == {"q": wide, "k": narrow, "v": narrow, "o": d, "gate": f, "up": f, "down": d}
+
+
+def equations(jaxpr) -> int:
+    inner = sum(equations(sub) for eqn in jaxpr.eqns for sub in jax.extend.core.jaxprs_in_params(eqn.params))
+    return len(jaxpr.eqns) + inner
+
+
+def test_depth_costs_no_tracing():
+    counts = set()
+    for layers in (2, 12):
+        config = dataclasses.replace(TINY, num_layers=layers)
+        decoder = Decoder(config, base_feed_forward(config))
+
+        def run(params, tokens, mask, decoder=decoder, config=config):
+            return unembed(params, config, decoder.apply({"params": params}, tokens, mask)[0])
+
+        tokens = jnp.ones((1, 4), jnp.int32)
+        shapes = nn.unbox(abstract_params(config))
+        counts.add(equations(jax.make_jaxpr(run)(shapes, tokens, jnp.ones((1, 4), bool)).jaxpr))
+    assert len(counts) == 1 and counts.pop() > 50
+
+
+def test_cache_gives_the_same_states(params):
+    """Prefill of left-padded rows and steps of one token, against one pass over everything."""
+    params = jax.tree.map(lambda x: 5 * x, params)
+    decoder = Decoder(TINY, base_feed_forward(TINY))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (3, 12)))
+    mask = jnp.ones((3, 12), bool).at[0, :4].set(False).at[1, :1].set(False)
+
+    @jax.jit
+    def run(tokens, mask, cache=None):
+        return decoder.apply({"params": params}, tokens, mask, None, cache)
+
+    whole, _, none = run(tokens, mask)
+    assert none is None
+    cache, parts = empty_cache(TINY, 3, 16, jnp.float32), []
+    for start, stop in ((0, 6), *((at, at + 1) for at in range(6, 12))):
+        states, _, cache = run(tokens[:, start:stop], mask[:, start:stop], cache)
+        parts.append(states)
+    assert int(cache.length) == 12 and cache.filled.sum() == mask.sum()
+    assert cache.keys.shape == (2, 3, 16, 2, 12)
+    difference = np.abs(np.asarray(jnp.concatenate(parts, axis=1)) - np.asarray(whole))[np.asarray(mask)]
+    assert difference.max() <= 1e-5
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize("config", [TINY, BackboneConfig.from_hf(LLAMA2_7B)], ids=["tiny", "7b"])
+def test_config_round_trip(config):
+    assert BackboneConfig.from_hf(config.to_hf()) == config
+
+
+def test_published_config():
+    config = BackboneConfig.from_hf(LLAMA2_7B)
+    assert (config.head_dim, config.num_kv_heads, config.rope_theta) == (128, 32, 10000.0)
+    assert not config.tie_embeddings and config.eos_token_id == 2 and config.pad_token_id is None
+    grouped = BackboneConfig.from_hf(LLAMA2_7B | {"num_key_value_heads": None})
+    assert grouped.num_kv_heads == 32
+
+
+@pytest.mark.torch
+def test_transformers_reads_our_config():
+    from transformers import LlamaConfig
+
+    theirs = LlamaConfig.from_dict(TINY.to_hf())
+    assert BackboneConfig.from_hf(theirs.to_diff_dict()) == TINY
+
+
+def test_theta_is_never_silent(caplog):
+    config = {key: value for key, value in LLAMA2_7B.items() if key != "rope_theta"}
+    assert BackboneConfig.from_hf(config, "here.json").rope_theta == 10000.0
+    assert "here.json" in caplog.text and "theta" in caplog.text
+    caplog.clear()
+    BackboneConfig.from_hf(LLAMA2_7B)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"rope_scaling.*llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling.*linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r"rope_parameters.*yarn"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
+        ({"model_type": "mistral"}, "model_type.*mistral"),
+        ({"model_type": None}, "model_type"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"foo": 1}, "'foo' = 1"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": "4096"}, "hidden_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads|num_heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads|num_kv_heads"),
+        ({"num_key_value_heads": 5}, "5 key/value heads"),
+        ({"head_dim": 33}, "head_dim 33"),
+        ({"rope_theta": "big"}, "rope_theta"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+    ],
+    ids=str,
+)
+def test_unsupported_fields_are_named(change, named):
+    with pytest.raises(UserError, match=named):
+        BackboneConfig.from_hf(LLAMA2_7B | change)
+
+
+@pytest.mark.parametrize("change", [{"sliding_window": None}, {"rope_parameters": None}, {"rope_interleaved": False}])
+def test_neutral_values_are_no_settings(change):
+    assert BackboneConfig.from_hf(LLAMA2_7B | change) == BackboneConfig.from_hf(LLAMA2_7B)
+
+
+# --- imports ---
+
+CORE = """
+import builtins, sys
+allowed = {"jax", "jaxlib", "flax", "numpy", "ml_dtypes", "trinityx_jax"} | set(sys.stdlib_module_names)
+plain, seen = builtins.__import__, set()
+
+def guarded(name, globals=None, locals=None, fromlist=(), level=0):
+    importer = (globals or {}).get("__name__", "")
+    if level == 0 and importer.partition(".")[0] == "trinityx_jax":
+        seen.add(importer)
+        if name.partition(".")[0] not in allowed:
+            raise ImportError(f"{importer} imports {name}")
+    return plain(name, globals, locals, fromlist, level)
+
+builtins.__import__ = guarded
+import pkgutil, importlib
+for room in ("backbone", "experts", "mocae"):
+    package = importlib.import_module(f"trinityx_jax.{room}")
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+outside = {name for name in sys.modules if name.startswith("trinityx_jax.")}
+outside -= {name for name in outside if name.split(".")[1] in ("backbone", "experts", "mocae")}
+assert outside <= {"trinityx_jax.errors"}, outside
+assert {"trinityx_jax.backbone.model", "trinityx_jax.experts.merge", "trinityx_jax.mocae.mixture"} <= seen
+heavy = {"torch", "transformers", "datasets", "pydantic", "grain", "tyro", "matplotlib", "safetensors"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+try:
+    exec("import yaml", {"__name__": "trinityx_jax.backbone.probe"})
+except ImportError:
+    print("guarded")
+"""
+
+
+def test_core_rooms_import_only_jax_flax_numpy():
+    done = subprocess.run([sys.executable, "-c", CORE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "guarded"

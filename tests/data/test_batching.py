@@ -1,0 +1,163 @@
+"""Batches: planned by seed and name, each row once an epoch, and exactly the answers to learn."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trinityx_jax.data.batching import Batch, RowOrder, TrainingBatches, evaluation_batches, make_batch
+from trinityx_jax.data.templates import Encoded
+from trinityx_jax.errors import UserError
+
+EOS = 2
+SIZES = {"helpful": 13, "harmless": 6, "honest": 4}
+
+
+def row(serial: int, prompt: int, answer: int) -> Encoded:
+    """A row known by its first token; ``answer`` counts the final eos, which is the pad id too."""
+    ids = np.arange(prompt + answer) % 7 + 3
+    ids[0], ids[-1] = 1000 + serial, EOS
+    return Encoded(ids.astype(np.int32), prompt)
+
+
+def make_rows() -> dict[str, list[Encoded]]:
+    draw, serial = np.random.default_rng(0), itertools.count()
+    return {n: [row(next(serial), *draw.integers(1, 30, 2)) for _ in range(size)] for n, size in SIZES.items()}
+
+
+ROWS = make_rows()
+
+
+def served(batch: Batch) -> list[int]:
+    """The rows of a batch in order, empty ones left out."""
+    return batch.tokens[batch.mask.any(axis=1), 0].tolist()
+
+
+def equal(x: Batch, y: Batch) -> bool:
+    a, b = x.arrays(), y.arrays()
+    return all(a[k].shape == b[k].shape and np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_batch_k_of_a_seed_is_the_same_however_one_gets_there() -> None:
+    batches = TrainingBatches(ROWS, 4, EOS, seed=3)
+    forward = [batches[k] for k in range(9)]
+    for k in (8, 0, 5, 5, 2):
+        assert equal(TrainingBatches(ROWS, 4, EOS, seed=3)[k], forward[k])
+        assert equal(batches[k], forward[k])
+    other = [TrainingBatches(ROWS, 4, EOS, seed=4)[k] for k in range(9)]
+    assert not any(served(x) == served(y) for x, y in zip(forward, other, strict=True))
+
+
+def test_every_epoch_serves_every_row_once_and_is_shuffled_anew() -> None:
+    batches = TrainingBatches(ROWS, 4, EOS, seed=0)
+    assert batches.steps_per_epoch == 4  # ceil(13 / 4)
+    for place, (name, rows) in enumerate(ROWS.items()):
+        steps = -(-len(rows) // 4)
+        epochs = []
+        for epoch in range(3):
+            own = [batches[epoch * steps + i] for i in range(steps)]
+            tokens = [b.tokens[b.mask.any(axis=1) & (b.objective == place), 0].tolist() for b in own]
+            assert all(len(t) <= 4 for t in tokens)
+            assert sum(len(t) for t in tokens) == len(rows)  # none straddles, none is filled from the next
+            epochs.append(list(itertools.chain(*tokens)))
+            assert sorted(epochs[-1]) == sorted(int(r.ids[0]) for r in rows), name
+        if name == "helpful":
+            assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_order_depends_on_seed_and_name_and_an_objective_keeps_its_own_beside_others() -> None:
+    def order(seed: int, name: str) -> list[int]:
+        return np.concatenate([RowOrder([5] * 40, 4, seed, name).rows(k) for k in range(10)]).tolist()
+
+    assert order(0, "helpful") == order(0, "helpful")
+    assert sorted(order(0, "helpful")) == list(range(40))
+    assert len({tuple(order(s, n)) for s in (0, 1) for n in ("helpful", "honest")}) == 4
+    alone = TrainingBatches({"honest": ROWS["honest"]}, 2, EOS, seed=1)
+    beside = TrainingBatches(ROWS, 2, EOS, seed=1)
+    for k in range(4):
+        whole = beside[k]
+        own = whole.tokens[(whole.objective == 2) & whole.mask.any(axis=1), 0]
+        assert served(alone[k]) == own.tolist()
+
+
+def test_rows_are_grouped_by_objective_and_short_batches_are_filled_with_nothing() -> None:
+    batches = TrainingBatches(ROWS, 4, EOS, seed=0)
+    filled = []
+    for k in range(4):
+        batch = batches[k]
+        assert batch.objective.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+        filled.append(batch.mask.any(axis=1).reshape(3, 4).sum(axis=1).tolist())
+        lengths = batch.mask.sum(axis=1)
+        assert batch.token_count == lengths.sum()
+        assert batch.tokens.shape[1] % 32 == 0
+    assert sorted(f[0] for f in filled) == [1, 4, 4, 4]
+    assert all(f[2] == 4 for f in filled)
+
+
+def test_rows_of_like_length_go_together() -> None:
+    draw = np.random.default_rng(0)
+    rows = {"x": [row(i, int(n), 1) for i, n in enumerate(draw.integers(1, 200, 320))]}
+    batches = TrainingBatches(rows, 8, EOS, seed=0)
+    waste = [1 - batches[k].token_count / batches[k].tokens.size for k in range(40)]
+    shuffled = draw.permutation(320).reshape(40, 8)
+    lengths = np.array([len(r.ids) for r in rows["x"]])[shuffled]
+    assert np.mean(waste) < 0.65 * np.mean(1 - lengths.mean(axis=1) / (-(-lengths.max(axis=1) // 32) * 32))
+
+
+rows_strategy = st.lists(
+    st.one_of(st.none(), st.builds(row, st.integers(0, 99), st.integers(1, 40), st.integers(1, 40))),
+    min_size=1, max_size=6,
+)  # fmt: skip
+
+
+@given(rows_strategy, st.sampled_from([0, EOS]))
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_where_and_labels_are_exactly_the_answers(rows: list[Encoded | None], pad: int) -> None:
+    batch = make_batch(rows, list(range(len(rows))), pad)
+    size = batch.tokens.shape[1]
+    where, labels = batch.where[batch.valid], batch.labels[batch.valid]
+    for index, r in enumerate(rows):
+        own = where // size == index
+        if r is None:
+            assert not own.any()
+            assert not batch.mask[index].any()
+            continue
+        count = len(r.ids)
+        assert batch.tokens[index, :count].tolist() == r.ids.tolist()
+        assert np.all(batch.tokens[index, count:] == pad)
+        assert batch.mask[index].tolist() == [True] * count + [False] * (size - count)
+        assert labels[own].tolist() == r.ids[r.prompt_length :].tolist()
+        assert labels[own][-1] == EOS
+        # the hidden state at t predicts the token at t + 1
+        assert batch.tokens.ravel()[where[own] + 1].tolist() == labels[own].tolist()
+        assert (where[own] % size).tolist() == list(range(r.prompt_length - 1, count - 1))
+    assert len(where) == sum(len(r.ids) - r.prompt_length for r in rows if r is not None)
+    assert len(batch.where) == len(batch.labels) == len(batch.valid) <= batch.tokens.size
+    assert len(batch.where) % (batch.tokens.size // 4) == 0
+    assert {k: v.dtype for k, v in batch.arrays().items()} == {
+        "tokens": np.int32, "mask": bool, "where": np.int32, "labels": np.int32, "valid": bool, "objective": np.int32,
+    }  # fmt: skip
+
+
+def test_evaluation_covers_every_row_once() -> None:
+    rows = [r for part in ROWS.values() for r in part]
+    objective = np.repeat([0, 1, 2], list(SIZES.values())).tolist()
+    found = evaluation_batches(rows, objective, 5, EOS)
+    assert len(found) == 5
+    assert sorted(int(i) for index, _ in found for i in index) == list(range(23))
+    lengths = [len(rows[i].ids) for index, _ in found for i in index]
+    assert lengths == sorted(lengths)
+    for index, batch in found:
+        assert batch.tokens.shape[0] == 5
+        assert served(batch) == [int(rows[i].ids[0]) for i in index]
+        assert batch.objective[: len(index)].tolist() == [objective[i] for i in index]
+    assert evaluation_batches([], [], 5, EOS) == []
+
+
+def test_an_empty_data_set_is_named() -> None:
+    with pytest.raises(UserError, match="'honest'"):
+        TrainingBatches({"helpful": ROWS["helpful"], "honest": []}, 4, EOS, seed=0)

@@ -1,0 +1,118 @@
+"""Routing losses against numpy float64, and what each does to the routing when minimised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trinityx_jax.mocae import losses
+
+B, S, L, E = 4, 6, 2, 3
+DRAW = np.random.default_rng(0)
+MASK = np.arange(S) >= np.array([[0], [2], [5], [6]])  # left padding; the last row holds no token at all
+OBJECTIVE = np.array([0, 2, 1, 0])
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+Z = DRAW.normal(size=(B, S, L, E)) * 2
+PI = softmax(Z)
+PREVIOUS = softmax(DRAW.normal(size=(L, E)))
+TOKENS = PI[MASK]  # [tokens,L,E]
+MEAN = TOKENS.mean(axis=0)
+ROWS = np.stack([PI[b][MASK[b]].mean(axis=(0, 1)) for b in range(3)])
+REFERENCE = {
+    "mean": MEAN,
+    "row": np.concatenate([ROWS, np.zeros((1, E))]),
+    "batch_diversity": (MEAN * np.log(MEAN)).sum(axis=-1).mean(),
+    "token_literal": -(TOKENS * np.log(TOKENS)).sum(axis=-1).mean(),
+    "kl": (MEAN * np.log(MEAN / PREVIOUS)).sum(axis=-1).mean(),
+    "gate": -np.log([ROWS[0, 0], ROWS[1, 2], ROWS[2, 1]]).mean(),
+}
+FUNCTIONS: dict[str, Callable[[Any], jax.Array]] = {
+    "mean": lambda pi: losses.mean_routing(pi, jnp.asarray(MASK)),
+    "row": lambda pi: losses.row_routing(pi, jnp.asarray(MASK)),
+    "batch_diversity": lambda pi: losses.entropy_loss(pi, jnp.asarray(MASK), "batch_diversity"),
+    "token_literal": lambda pi: losses.entropy_loss(pi, jnp.asarray(MASK), "token_literal"),
+    "kl": lambda pi: losses.kl_loss(losses.mean_routing(pi, jnp.asarray(MASK)), jnp.asarray(PREVIOUS, jnp.float32)),
+    "gate": lambda pi: losses.gate_loss(pi, jnp.asarray(MASK), jnp.asarray(OBJECTIVE)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_values_equal_float64_and_masked_tokens_do_not_matter(name: str) -> None:
+    found = FUNCTIONS[name](jnp.asarray(PI, jnp.float32))
+    np.testing.assert_allclose(found, REFERENCE[name], rtol=1e-5, atol=1e-7)
+    other = np.where(MASK[..., None, None], PI, softmax(DRAW.normal(size=PI.shape) * 5))
+    np.testing.assert_array_equal(FUNCTIONS[name](jnp.asarray(other, jnp.float32)), found)
+    if np.ndim(REFERENCE[name]) == 0:
+        slope = jax.grad(lambda z: FUNCTIONS[name](jax.nn.softmax(z)))(jnp.asarray(Z, jnp.float32))
+        assert not np.any(np.asarray(slope)[~MASK])
+        assert np.all(np.any(np.asarray(slope)[MASK] != 0, axis=-1))
+
+
+def test_uniform_routing_has_the_known_values() -> None:
+    pi, mask = jnp.full((B, S, L, E), 1 / E), jnp.asarray(MASK)
+    uniform = jnp.full((L, E), 1 / E)
+    np.testing.assert_allclose(losses.entropy_loss(pi, mask, "batch_diversity"), -np.log(E), rtol=1e-6)
+    np.testing.assert_allclose(losses.entropy_loss(pi, mask, "token_literal"), np.log(E), rtol=1e-6)
+    np.testing.assert_allclose(losses.gate_loss(pi, mask, jnp.asarray(OBJECTIVE)), np.log(E), rtol=1e-6)
+    np.testing.assert_allclose(losses.kl_loss(losses.mean_routing(pi, mask), uniform), 0, atol=1e-7)
+
+
+def test_decisive_but_balanced_routing_tells_the_two_entropies_apart() -> None:
+    pi = jnp.broadcast_to(jnp.eye(E)[jnp.arange(S) % E][None, :, None], (B, S, L, E))
+    whole = jnp.ones((B, S), bool)
+    np.testing.assert_allclose(losses.entropy_loss(pi, whole, "batch_diversity"), -np.log(E), rtol=1e-6)
+    np.testing.assert_allclose(losses.entropy_loss(pi, whole, "token_literal"), 0, atol=1e-6)
+    one = jnp.broadcast_to(jnp.eye(E)[0], (B, S, L, E))  # collapse: the diversity loss is at its worst
+    np.testing.assert_allclose(losses.entropy_loss(one, whole, "batch_diversity"), 0, atol=1e-6)
+    for loss in ("batch_diversity", "token_literal"):
+        slope = jax.grad(lambda p, kind=loss: losses.entropy_loss(p, whole, kind))(one)
+        assert np.all(np.isfinite(slope))
+
+
+def test_minimising_token_literal_sharpens_and_batch_diversity_balances() -> None:
+    mask = jnp.asarray(MASK)
+    z = jnp.asarray(Z + np.array([1.0, 0.0, -1.0]), jnp.float32)  # leans to the first expert
+
+    def moved(kind: str) -> np.ndarray:
+        slope = jax.grad(lambda z: losses.entropy_loss(jax.nn.softmax(z), mask, kind))(z)
+        return np.asarray(jax.nn.softmax(z - 2.0 * slope))
+
+    pi = np.asarray(jax.nn.softmax(z))
+
+    def spread(pi: np.ndarray) -> float:
+        return float(losses.entropy_loss(jnp.asarray(pi), mask, "token_literal"))
+
+    def imbalance(pi: np.ndarray) -> float:
+        return float(np.ptp(losses.mean_routing(jnp.asarray(pi), mask), axis=-1).max())
+
+    assert spread(moved("token_literal")) < spread(pi) - 1e-3
+    assert imbalance(moved("batch_diversity")) < imbalance(pi) - 1e-3
+
+
+def test_the_kl_leaves_the_previous_step_alone() -> None:
+    mean, previous = jnp.asarray(MEAN, jnp.float32), jnp.asarray(PREVIOUS, jnp.float32)
+    assert not np.any(jax.grad(losses.kl_loss, argnums=1)(mean, previous))
+    np.testing.assert_allclose(losses.kl_loss(mean, mean), 0, atol=1e-7)
+    np.testing.assert_array_equal(losses.next_previous(mean, previous, "step"), mean)
+    np.testing.assert_allclose(losses.next_previous(mean, previous, "ema"), 0.9 * PREVIOUS + 0.1 * MEAN, rtol=1e-5)
+    slope = jax.grad(lambda m: jnp.sum(losses.next_previous(m, previous, "ema")))(mean)
+    assert not np.any(slope)
+
+
+def test_an_expert_that_top_k_closed_keeps_every_loss_finite() -> None:
+    pi = jnp.asarray(np.where(np.arange(E) == 0, 0.0, 0.5) * np.ones((B, S, L, 1)), jnp.float32)
+    for name in ("batch_diversity", "token_literal", "kl", "gate"):
+        value, slope = jax.value_and_grad(FUNCTIONS[name])(pi)
+        assert np.isfinite(value)
+        assert np.all(np.isfinite(slope))

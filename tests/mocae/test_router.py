@@ -1,0 +1,275 @@
+"""The router's probabilities and weights, its presets, and that every switch does something."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import trinityx_jax as tx
+from trinityx_jax.backbone import Backbone, BackboneConfig
+from trinityx_jax.backbone.model import abstract_params
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts import SITES, TaskVector, stack
+from trinityx_jax.mocae import MoCaEConfig, Router, hidden_states, init_router, losses, preset
+from trinityx_jax.mocae.router import CHOICES, PRESETS, logits, mixture_weights, per_layer, probabilities
+from trinityx_jax.training.step import router_loss, trained_router
+
+CONFIG = BackboneConfig(
+    vocab_size=20, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=8,
+    rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=32,
+)  # fmt: skip
+NAMES = ("helpful", "harmless", "honest")
+DRAW = np.random.default_rng(0)
+Z = DRAW.normal(size=(2, 5, 4)) * 2
+GAMMA = np.array([0.4, 0.1, 0.2, 0.3])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    """These programs are tiny and run once: most of their time would go into optimising them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+def f32(x: Any) -> jax.Array:
+    return jnp.asarray(x, jnp.float32)
+
+
+def test_logits_are_float32_even_from_bfloat16() -> None:
+    u, kernel, bias = DRAW.normal(size=(2, 3, 8)), DRAW.normal(size=(8, 4)), DRAW.normal(size=4)
+    layer = {"kernel": f32(kernel), "bias": f32(bias)}
+    np.testing.assert_allclose(logits(layer, f32(u)), u @ kernel + bias, atol=1e-5)
+    half = jnp.asarray(u, jnp.bfloat16)
+    found = logits(layer, half)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, np.asarray(half, np.float64) @ kernel + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 3.0, [0.2, 0.5, 1.0, 4.0]])
+@pytest.mark.parametrize("top_k", [None, 1, 2, 4])
+def test_probabilities_equal_numpy(temperature: Any, top_k: int | None) -> None:
+    scaled = Z / np.asarray(temperature)
+    if top_k is not None:
+        place = np.argsort(np.argsort(-scaled, axis=-1), axis=-1)
+        scaled = np.where(place < top_k, scaled, -np.inf)
+    found = probabilities(f32(Z), f32(temperature), top_k)
+    np.testing.assert_allclose(found, softmax(scaled), rtol=2e-5, atol=1e-7)
+    assert (np.asarray(found) > 0).sum(axis=-1).max() <= (top_k or 4)
+
+
+def test_equal_logits_still_select_top_k_experts_and_gradients_stay_finite() -> None:
+    pi = probabilities(jnp.zeros((3, 4)), f32(0.7), 2)
+    np.testing.assert_array_equal((np.asarray(pi) == 0.5).sum(axis=-1), 2)
+    slope = jax.grad(lambda z: jnp.sum(mixture_weights(probabilities(z, f32(0.7), 2), f32(GAMMA), "convex")[..., 0]))
+    found = slope(f32(Z[0]))
+    assert np.all(np.isfinite(found))
+    assert np.any(found != 0)
+
+
+def test_weights_equal_their_equations() -> None:
+    pi = softmax(Z / 0.7)
+    found = {w: mixture_weights(f32(pi), f32(GAMMA), w) for w in ("product", "convex")}
+    np.testing.assert_allclose(found["product"], pi * GAMMA, rtol=1e-5)
+    np.testing.assert_allclose(found["convex"], softmax(Z / 0.7 + np.log(GAMMA)), rtol=1e-5)
+    np.testing.assert_allclose(jnp.sum(found["convex"], axis=-1), 1, rtol=1e-6)
+    thirds = mixture_weights(f32(softmax(Z[..., :3])), f32([1 / 3] * 3), "product")
+    np.testing.assert_allclose(jnp.sum(thirds, axis=-1), 1 / 3, rtol=1e-6)
+
+
+def test_presets_are_the_ones_of_the_method() -> None:
+    recommended = {
+        "temperature": 0.7, "top_k": None, "router_scope": "layer", "weight": "convex", "mixing": "outputs",
+        "output": "prenorm", "dropout": 0.0, "gamma_similarity": "cosine", "entropy": "batch_diversity",
+        "kl": "step", "lambda_entropy": 0.1, "lambda_kl": 0.01, "lambda_gate": 0.1, "train_gamma": False,
+        "train_norm": False,
+    }  # fmt: skip
+    literal = {
+        "router_scope": "shared", "weight": "product", "output": "layernorm", "gamma_similarity": "inner",
+        "entropy": "token_literal", "lambda_gate": 0.0, "train_norm": True,
+    }  # fmt: skip
+    assert set(PRESETS) == {"recommended", "literal"}
+    assert dataclasses.asdict(preset("recommended")) == recommended
+    assert dataclasses.asdict(preset("literal")) == {**recommended, **literal}
+    assert preset("literal", lambda_gate=0.2).lambda_gate == 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        *(({name: "nonsense"}, name) for name in CHOICES),
+        *(({name: bad}, name) for name in ("temperature", "dropout", "lambda_kl") for bad in ("1e-1", None, True)),
+        *(({name: bad}, name) for name in ("lambda_entropy", "lambda_gate") for bad in (-0.1, float("nan"))),
+        *(({"temperature": bad}, "temperature") for bad in (0, -1.0, float("nan"), float("inf"))),
+        *(({"dropout": bad}, "dropout") for bad in (1.0, -0.1)),
+        *(({"top_k": bad}, "top_k") for bad in (0, -1, 1.5, "2", True)),
+        *(({name: bad}, name) for name in ("train_gamma", "train_norm") for bad in ("yes", 1, None)),
+        ({"train_norm": True}, "train_norm"),
+        ({"mixing": "weights", "weight": "anchored"}, "mixing"),
+        ({"temprature": 1.0}, r"temprature.*nearest: temperature"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError, match=rf"mocae\.{key}"):
+        preset("recommended", **changes)
+
+
+def test_other_refusals() -> None:
+    with pytest.raises(UserError, match=r"mocae\.preset"):
+        preset("best")
+    with pytest.raises(UserError, match=r"mocae\.top_k: 4 of 3"):
+        init_router(CONFIG, NAMES, f32([1 / 3] * 3), preset("recommended", top_k=4))
+
+
+# ---- through the model and the loss ------------------------------------------------------------
+
+
+def make_vector(seed: int, size: float) -> TaskVector:
+    draw = np.random.default_rng(seed)
+    shared = np.random.default_rng(99)
+    sites = {}
+    for site in SITES:
+        size_in, size_out = (8, 12) if site != "down" else (12, 8)
+        a = draw.normal(size=(2, size_in, 2)) + 0.2 * seed * shared.normal(size=(2, size_in, 2))
+        b = draw.normal(size=(2, 2, size_out)) + 0.2 * seed * shared.normal(size=(2, 2, size_out))
+        sites[site] = {"a": f32(a * 0.4), "b": f32(b * size), "scale": jnp.ones((2,))}
+    return TaskVector(sites)
+
+
+VECTORS = {n: make_vector(i + 1, s) for i, (n, s) in enumerate(zip(NAMES, (0.5, 0.9, 0.6), strict=True))}
+EXPERTS = stack(list(VECTORS.values()))
+TOKENS = DRAW.integers(0, 20, (3, 6))
+MASK = np.arange(6) < np.array([[6], [4], [5]])
+BATCH = {
+    "tokens": jnp.asarray(TOKENS), "mask": jnp.asarray(MASK), "where": jnp.asarray([2, 3, 8, 14]),
+    "labels": jnp.asarray([1, 5, 7, 2]), "valid": jnp.ones(4, bool), "objective": jnp.arange(3),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    shapes = nn.unbox(abstract_params(CONFIG))
+    draw = np.random.default_rng(5)
+    return Backbone(CONFIG, jax.tree.map(lambda x: f32(draw.normal(size=x.shape) * 0.5), shapes))
+
+
+def new_router(backbone: Backbone, **changes: Any) -> Router:
+    """An untrained router, moved away from uniform."""
+    router = tx.init_router(backbone, VECTORS, **changes)
+    return dataclasses.replace(router, kernel=60 * router.kernel)
+
+
+def outcome(backbone: Backbone, **changes: Any) -> dict[str, np.ndarray]:
+    """What decides a stage 2 step: the loss and its parts, the next pi_prev, and the trained leaves."""
+    router = new_router(backbone, **changes)
+    trained = trained_router(router)
+    previous = f32([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
+    with jax.disable_jit():  # op by op: nothing is compiled anew for another configuration
+        loss, parts = router_loss(
+            trained, backbone.params, EXPERTS, router, previous, CONFIG, BATCH, dropout=jax.random.key(0)
+        )
+    following = losses.next_previous(parts["mean_routing"], previous, router.config.kl)
+    out = {**parts, "loss": loss, "following": following, "trained": trained}
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(out)}
+
+
+# Where alpha sums to one, anchored is the convex mixture; gated starts as prenorm, its gate at 0.
+ALIKE = ("anchored", "gated")
+CHANGES: list[tuple[str, Any, dict[str, Any]]] = [
+    ("temperature", 0.8, {}),
+    ("top_k", 2, {}),
+    ("dropout", 0.3, {}),
+    ("lambda_entropy", 0.2, {}),
+    ("lambda_kl", 0.5, {}),
+    ("lambda_gate", 0.0, {}),
+    ("train_gamma", True, {}),
+    ("train_norm", True, {"output": "gated"}),
+    *((name, value, {}) for name, allowed in CHOICES.items() for value in allowed[1:] if value not in ALIKE),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, dict[str, np.ndarray]]:
+    return {}
+
+
+@pytest.mark.parametrize(("field", "value", "also"), CHANGES)
+def test_every_field_changes_a_training_step(
+    backbone: Backbone, outcomes: dict[str, Any], field: str, value: Any, also: dict[str, Any]
+) -> None:
+    key = str(also)
+    if key not in outcomes:
+        outcomes[key] = outcome(backbone, **also)
+    before, after = outcomes[key], outcome(backbone, **also, **{field: value})
+    assert all(np.all(np.isfinite(x)) for x in after.values())
+    same = before.keys() == after.keys() and all(
+        before[k].shape == after[k].shape and np.allclose(before[k], after[k], rtol=1e-4, atol=1e-7) for k in before
+    )
+    assert not same, f"mocae.{field} is read by nothing"
+
+
+def test_no_field_is_left_out() -> None:
+    assert {field for field, _, _ in CHANGES} == {f.name for f in dataclasses.fields(MoCaEConfig)}
+
+
+def test_a_shared_router_is_one_slice_that_every_layer_uses(backbone: Backbone) -> None:
+    shared = new_router(backbone, router_scope="shared")
+    layered = new_router(backbone)
+    assert shared.kernel.shape == (1, 8, 3)
+    assert shared.bias.shape == (1, 3)
+    assert layered.kernel.shape == (2, 8, 3)
+    assert not np.array_equal(layered.kernel[0], layered.kernel[1])
+    bias = f32([[0.3, -0.2, 0.1]])
+    spread = dataclasses.replace(layered, kernel=jnp.repeat(shared.kernel, 2, axis=0), bias=jnp.repeat(bias, 2, axis=0))
+
+    def run(router: Router) -> Any:
+        with jax.disable_jit():
+            return hidden_states(
+                backbone.params, CONFIG, BATCH["tokens"], BATCH["mask"], experts=EXPERTS, router=router
+            )
+
+    hidden, aux, _ = run(dataclasses.replace(shared, bias=bias))
+    other, other_aux, _ = run(spread)
+    np.testing.assert_array_equal(hidden, other)
+    np.testing.assert_array_equal(aux["pi"], other_aux["pi"])
+    assert not np.allclose(hidden, run(layered)[0], rtol=1e-3)
+
+
+def test_temperatures_per_expert_reach_every_layer(backbone: Backbone) -> None:
+    router = dataclasses.replace(new_router(backbone), temperature=f32([0.3, 0.7, 2.0]))
+    leaves = per_layer(router, 2)
+    np.testing.assert_array_equal(leaves["temperature"], f32([[0.3, 0.7, 2.0]] * 2))
+    with jax.disable_jit():
+        _, aux, _ = hidden_states(
+            backbone.params, CONFIG, BATCH["tokens"], BATCH["mask"], experts=EXPERTS, router=router
+        )
+    np.testing.assert_allclose(aux["pi"], softmax(np.asarray(aux["z"], np.float64) / [0.3, 0.7, 2.0]), atol=1e-6)
+
+
+def test_a_fresh_router_is_near_uniform_and_follows_its_seed(backbone: Backbone) -> None:
+    router = tx.init_router(backbone, VECTORS)
+    assert router.names == NAMES
+    assert not np.any(router.bias)
+    assert float(router.temperature) == np.float32(0.7)
+    u = DRAW.normal(size=(1, 50, 8))
+    pi = probabilities(logits({k: v[0] for k, v in (("kernel", router.kernel), ("bias", router.bias))}, f32(u)),
+                       router.temperature, None)  # fmt: skip
+    np.testing.assert_allclose(pi, 1 / 3, atol=0.03)
+    np.testing.assert_allclose(jnp.sum(router.gamma), 1, rtol=1e-6)
+    assert np.array_equal(router.kernel, tx.init_router(backbone, VECTORS).kernel)
+    assert not np.array_equal(router.kernel, tx.init_router(backbone, VECTORS, seed=1).kernel)
+    uniform = tx.init_router(backbone, VECTORS, gamma_similarity="uniform")
+    np.testing.assert_allclose(uniform.gamma, 1 / 3, rtol=1e-6)

@@ -1,0 +1,378 @@
+"""One update of either stage: what is trained, on what, and that experts do not influence each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from trinityx_jax.backbone import BackboneConfig, unembed
+from trinityx_jax.backbone.model import abstract_params
+from trinityx_jax.config import TrainConfig
+from trinityx_jax.data.batching import Batch, make_batch
+from trinityx_jax.data.templates import Encoded
+from trinityx_jax.experts import SITES, init_expert, stack, unstack
+from trinityx_jax.mocae import Router, hidden_states, init_router, preset, token_routing
+from trinityx_jax.training import loss as loss_module
+from trinityx_jax.training.loss import mean_by_group, supervised_nll
+from trinityx_jax.training.optimizer import clip_per_expert, expert_norms, make_optimizer
+from trinityx_jax.training.step import (
+    TrainState,
+    expert_loss,
+    expert_step,
+    router_step,
+    trained_experts,
+    trained_router,
+)
+
+EOS, VOCAB, LAYERS = 3, 29, 2
+NAMES = ("helpful", "harmless", "honest")
+CONFIG = BackboneConfig(
+    vocab_size=VOCAB, hidden_size=8, intermediate_size=12, num_layers=LAYERS, num_heads=2, num_kv_heads=1, head_dim=4,
+    rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=64,
+)  # fmt: skip
+TRAIN = TrainConfig(steps=10, learning_rate=1e-2, warmup=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    """These programs are tiny and run once: most of their time would go into optimising them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def draw_params(config: BackboneConfig, seed: int = 0) -> Any:
+    draw = np.random.default_rng(seed)
+    shapes = nn.unbox(abstract_params(config))
+    return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape) * 0.6, jnp.float32), shapes)
+
+
+BASE = draw_params(CONFIG)
+
+
+def new_experts(names: tuple[str, ...] = NAMES) -> Any:
+    """Fresh experts whose B is not zero any more, each by its own name."""
+    experts = stack([init_expert(CONFIG, 2, 4.0, SITES, 0, n) for n in names])
+    for site, leaf in experts.items():
+        own = [np.random.default_rng([7, NAMES.index(n)]).normal(size=leaf["b"][:, 0].shape) for n in names]
+        leaf["b"] = jnp.asarray(0.3 * np.stack(own, axis=1), jnp.float32)
+        assert site in SITES
+    return experts
+
+
+def row(seed: int, prompt: int, answer: int) -> Encoded:
+    """``answer`` counts the final eos."""
+    ids = np.random.default_rng(seed).integers(4, VOCAB, prompt + answer)
+    ids[-1] = EOS
+    return Encoded(ids.astype(np.int32), prompt)
+
+
+ROWS = [row(i, 3 + i, (5, 2, 7, 3, 4, 1)[i]) for i in range(6)]  # two of each expert
+OBJECTIVE = [0, 0, 1, 1, 2, 2]
+
+
+def as_batch(rows: list[Encoded | None], pad: int = 0, per: int = 2) -> dict[str, Any]:
+    return make_batch(rows, [i // per for i in range(len(rows))], pad).arrays()
+
+
+BATCH = as_batch(ROWS)
+
+
+def near(found: Any, expected: Any, share: float) -> None:
+    """Equal to within a share of the reference's range."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    assert np.max(np.abs(found - expected)) <= share * max(np.ptp(expected), np.max(np.abs(expected)))
+
+
+def same(x: Any, y: Any) -> bool:
+    return jax.tree.structure(x) == jax.tree.structure(y) and jax.tree.all(jax.tree.map(np.array_equal, x, y))
+
+
+def paths(tree: Any) -> set[str]:
+    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def moments(opt_state: Any) -> tuple[Any, Any]:
+    """Adam's two moments."""
+    adam = [s for s in jax.tree.leaves(opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
+    assert len(adam) == 1
+    return adam[0].mu, adam[0].nu
+
+
+def start(trained: Any, optimizer: Any, previous: Any = 0.0) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), jnp.asarray(previous, jnp.float32))
+
+
+# ---- the loss ----------------------------------------------------------------------------------
+
+
+def dense_loss(config: BackboneConfig, base: Any, hidden: jax.Array, rows: list[Encoded]) -> jax.Array:
+    """Plain cross-entropy over the full vocabulary at every position, then the answers' positions: [N]."""
+    following = np.zeros(hidden.shape[:2], int)
+    learned = np.zeros(hidden.shape[:2], bool)
+    for index, r in enumerate(rows):
+        following[index, : len(r.ids) - 1] = r.ids[1:]
+        learned[index, r.prompt_length - 1 : len(r.ids) - 1] = True
+    every = optax.softmax_cross_entropy(unembed(base, config, hidden), jax.nn.one_hot(following, VOCAB))
+    return every[np.nonzero(learned)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("chunk", [1024, 5])
+def test_supervised_nll_is_the_plain_cross_entropy_of_the_answers(
+    monkeypatch: pytest.MonkeyPatch, tied: bool, chunk: int
+) -> None:
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    base = draw_params(config, 1)
+    hidden = jnp.asarray(np.random.default_rng(2).normal(size=(*BATCH["tokens"].shape, 8)), jnp.float32)
+    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    count = int(BATCH["valid"].sum())
+    assert count == sum(len(r.ids) - r.prompt_length for r in ROWS)
+    assert len(BATCH["where"]) % 5
+
+    def ours(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        nll = supervised_nll(base, config, hidden, BATCH["where"], BATCH["labels"])
+        mean, _ = mean_by_group(nll, BATCH["valid"], jnp.zeros_like(BATCH["where"]), 1)
+        return mean[0], nll
+
+    (value, nll), slope = jax.jit(jax.value_and_grad(ours, has_aux=True))(hidden)
+    assert nll.shape == BATCH["where"].shape
+    np.testing.assert_allclose(nll[:count], dense_loss(config, base, hidden, ROWS), rtol=1e-5)
+    dense = jax.value_and_grad(lambda h: jnp.mean(dense_loss(config, base, h, ROWS)))
+    expected, expected_slope = jax.jit(dense)(hidden)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    near(slope, expected_slope, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def losses_of() -> Callable[..., np.ndarray]:
+    """Loss per expert [E] of a batch; compiled once for all tests."""
+    experts = new_experts()
+
+    @jax.jit
+    def run(batch: Any) -> jax.Array:
+        return expert_loss(trained_experts(experts), BASE, experts, CONFIG, batch)[1]
+
+    return lambda batch: np.asarray(run(batch))
+
+
+def test_the_loss_of_an_expert_is_the_mean_over_its_own_answers(losses_of: Callable[..., np.ndarray]) -> None:
+    experts = new_experts()
+
+    @jax.jit
+    def hidden(weights: jax.Array) -> jax.Array:
+        return hidden_states(BASE, CONFIG, BATCH["tokens"], BATCH["mask"], experts=experts, weights=weights)[0]
+
+    found = losses_of(BATCH)
+    for e in range(3):
+        own = slice(2 * e, 2 * e + 2)
+        alone = dense_loss(CONFIG, BASE, hidden(jnp.eye(3)[e])[own], ROWS[own])
+        np.testing.assert_allclose(found[e], jnp.mean(alone), rtol=1e-5)
+
+
+def test_padding_is_not_learned_and_the_final_eos_is(losses_of: Callable[..., np.ndarray]) -> None:
+    found = losses_of(as_batch(ROWS, pad=EOS))
+    np.testing.assert_array_equal(losses_of(as_batch(ROWS, pad=17)), found)
+    short = [Encoded(r.ids[:-1], r.prompt_length) for r in ROWS]
+    without = losses_of(as_batch(short, pad=EOS))
+    assert np.all(np.abs(without - found) > 1e-3)
+    other = [Encoded(np.append(r.ids[:-1], 11).astype(np.int32), r.prompt_length) for r in ROWS]
+    assert np.all(np.abs(losses_of(as_batch(other, pad=EOS)) - found) > 1e-3)
+
+
+def test_means_are_by_tokens_so_that_parts_add_up(losses_of: Callable[..., np.ndarray]) -> None:
+    """k batches of b rows, weighted by their supervised tokens, are one of k b rows; empty rows are nothing."""
+    first = [r if i % 2 == 0 else None for i, r in enumerate(ROWS)]
+    second = [r if i % 2 == 1 else None for i, r in enumerate(ROWS)]
+    tokens = np.array([len(r.ids) - r.prompt_length for r in ROWS], float).reshape(3, 2)
+    assert np.all(tokens[:, 0] != tokens[:, 1])
+    parts = np.stack([losses_of(as_batch(first)), losses_of(as_batch(second))], axis=1)
+    np.testing.assert_allclose((parts * tokens).sum(axis=1) / tokens.sum(axis=1), losses_of(BATCH), rtol=1e-5)
+    nothing = losses_of(as_batch([*ROWS[:4], None, None]))
+    assert nothing[2] == 0.0
+    np.testing.assert_array_equal(nothing[:2], losses_of(BATCH)[:2])
+
+
+# ---- stage 1 -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def step() -> Any:
+    return jax.jit(expert_step(CONFIG, make_optimizer(TRAIN, 10, True), dtype=jnp.float32, dropout=0.0, remat=False))
+
+
+KEYS = jax.random.split(jax.random.key(0), 3)
+
+
+def test_stage_1_trains_a_and_b_of_every_expert_and_nothing_else(step: Any) -> None:
+    experts, before = new_experts(), jax.tree.map(np.array, BASE)
+    state = start(trained_experts(experts), make_optimizer(TRAIN, 10, True))
+    leaves = {f"['{s}']['{k}']" for s in SITES for k in ("a", "b")}
+    assert paths(state.params) == leaves
+    assert all(paths(m) == leaves for m in moments(state.opt_state))
+    after, metrics = step(state, BASE, experts, KEYS, BATCH)
+    assert same(BASE, before)
+    assert int(after.step) == 1
+    assert metrics["loss"].shape == metrics["grad_norm"].shape == (3,)
+    for site in SITES:
+        for k in ("a", "b"):
+            moved = np.any(np.asarray(after.params[site][k] != experts[site][k]), axis=(2, 3))
+            assert moved.all()  # in every layer, for every expert
+            new = np.asarray(after.params[site][k])
+            assert not any(np.array_equal(new[:, i], new[:, j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    again, _ = step(state, BASE, experts, KEYS, BATCH)
+    assert same(after.params, again.params)
+
+
+def test_a_fresh_expert_learns_b_first(step: Any) -> None:
+    experts = stack([init_expert(CONFIG, 2, 4.0, SITES, 0, n) for n in NAMES])
+    state = start(trained_experts(experts), make_optimizer(TRAIN, 10, True))
+    after, _ = step(state, BASE, experts, KEYS, BATCH)
+    for site in SITES:
+        np.testing.assert_array_equal(after.params[site]["a"], experts[site]["a"])
+        assert np.all(np.any(np.asarray(after.params[site]["b"]) != 0, axis=(2, 3)))
+
+
+def test_an_expert_trained_among_others_is_the_one_trained_alone(step: Any) -> None:
+    batches = [[row(10 * k + i, 2 + i, 1 + (i + k) % 6) for i in range(6)] for k in range(3)]
+
+    def train(own: slice, update: Any) -> Any:
+        names = NAMES[own]
+        experts = new_experts(names)
+        state = start(trained_experts(experts), make_optimizer(TRAIN, 10, True))
+        for rows in batches:
+            picked = rows[2 * own.start : 2 * own.stop]
+            state, _ = update(state, BASE, experts, KEYS[own], as_batch(picked))
+        return unstack({s: {**state.params[s], "scale": experts[s]["scale"]} for s in experts})
+
+    together = train(slice(0, 3), step)
+    begun = unstack(new_experts())
+    alone = jax.jit(expert_step(CONFIG, make_optimizer(TRAIN, 10, True), dtype=jnp.float32, dropout=0.0, remat=False))
+    for e in range(3):
+        (single,) = train(slice(e, e + 1), alone)
+        for site in SITES:
+            for k in ("a", "b"):
+                near(together[e].sites[site][k], single.sites[site][k], 1e-5)
+                assert np.max(np.abs(single.sites[site][k] - begun[e].sites[site][k])) > 1e-3
+
+
+def test_an_expert_with_a_huge_gradient_leaves_the_others_updates_alone() -> None:
+    draw = np.random.default_rng(3)
+    trained = {"up": trained_experts(new_experts())["up"]}
+    usual = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape) * 0.02, jnp.float32), trained)
+    assert np.all(np.asarray(expert_norms(usual)) < 1)
+    huge = jax.tree.map(lambda g: g.at[:, 1].multiply(1e6), usual)
+    clip = clip_per_expert(1.0)
+    clipped, _ = clip.update(huge, clip.init(trained))
+    np.testing.assert_allclose(expert_norms(clipped)[1], 1.0, rtol=1e-5)
+
+    def updates(grads: Any, optimizer: Any) -> Any:
+        state = optimizer.init(trained)
+        _, state = optimizer.update(usual, state, trained)
+        return optimizer.update(grads, state, trained)[0]
+
+    def others(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x[:, ::2], tree)
+
+    ours = make_optimizer(TRAIN, 10, per_expert=True)
+    assert same(others(updates(huge, ours)), others(updates(usual, ours)))
+    whole = make_optimizer(TRAIN, 10, per_expert=False)  # one norm for all would not do
+    assert not same(others(updates(huge, whole)), others(updates(usual, whole)))
+
+
+def test_dropout_is_each_experts_own_and_changes_with_the_step() -> None:
+    experts, rows = new_experts(), [ROWS[0], ROWS[1]] * 3
+    optimizer = optax.sgd(0.0)
+    update = jax.jit(expert_step(CONFIG, optimizer, dtype=jnp.float32, dropout=0.5, remat=False))
+    equal = {s: {k: jnp.broadcast_to(x[:, :1], x.shape) for k, x in leaf.items()} for s, leaf in experts.items()}
+    state = start(trained_experts(equal), optimizer)
+    after, first = update(state, BASE, equal, KEYS, as_batch(rows))
+    assert len(set(np.asarray(first["loss"]).tolist())) == 3
+    _, second = update(after, BASE, equal, KEYS, as_batch(rows))
+    assert not np.any(np.isclose(first["loss"], second["loss"], rtol=1e-6))
+    _, again = update(state, BASE, equal, KEYS, as_batch(rows))
+    np.testing.assert_array_equal(first["loss"], again["loss"])
+
+
+# ---- stage 2 -----------------------------------------------------------------------------------
+
+
+def new_router(**changes: Any) -> Router:
+    gamma = jnp.asarray([0.5, 0.3, 0.2])
+    router = init_router(CONFIG, NAMES, gamma, preset(**{"name": "recommended", **changes}))
+    return dataclasses.replace(router, kernel=60 * router.kernel)
+
+
+@functools.cache
+def mean_pi() -> np.ndarray:
+    """The batch's mean routing [L,E]; a gated output with its gate at 0 is prenorm."""
+    router, experts = new_router(), new_experts()
+
+    @jax.jit
+    def run(batch: Any) -> Any:
+        return token_routing(
+            hidden_states(BASE, CONFIG, batch["tokens"], batch["mask"], experts=experts, router=router)[1]
+        )
+
+    return np.asarray(run(BATCH), np.float64)[BATCH["mask"]].mean(axis=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "leaves"),
+    [
+        ({}, {".kernel", ".bias"}),
+        ({"train_gamma": True, "output": "gated", "train_norm": True, "kl": "ema"}, {
+            ".kernel", ".bias", ".gamma", ".norm['scale']", ".norm['bias']", ".norm['gate']",
+        }),
+    ],
+)  # fmt: skip
+def test_stage_2_trains_the_router_and_nothing_else(changes: dict[str, Any], leaves: set[str]) -> None:
+    router, experts, optimizer = new_router(**changes), new_experts(), make_optimizer(TRAIN, 10, False)
+    expected = {f"['{p[1:].split('[')[0]}']" + ("[" + p.split("[")[1] if "[" in p else "") for p in leaves}
+    previous = np.array([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
+    state = start(trained_router(router), optimizer, previous)
+    assert paths(state.params) == expected
+    assert all(paths(m) == expected for m in moments(state.opt_state))
+    frozen = jax.tree.map(np.array, (BASE, experts))
+    update = jax.jit(router_step(CONFIG, optimizer, dtype=jnp.float32, remat=False))
+    after, metrics = update(state, BASE, experts, router, jax.random.key(0), BATCH)
+    assert same((BASE, experts), frozen)
+    new = router.replace(**after.params)
+    moved = {
+        path
+        for path in paths(router)
+        if not np.array_equal(*(dict(map(named, jax.tree_util.tree_leaves_with_path(r)))[path] for r in (router, new)))
+    }
+    # the gate starts at 0 and shields the norm's scale and bias from gradients on the first step
+    assert moved == leaves - {".norm['scale']", ".norm['bias']"}
+    assert moved >= {".kernel", ".bias"}
+
+    mean = mean_pi()
+    kept = mean if not changes else 0.9 * previous + 0.1 * mean
+    np.testing.assert_allclose(after.previous, kept, rtol=1e-5)
+    np.testing.assert_allclose(metrics["load"], mean.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss_kl"], (mean * np.log(mean / previous)).sum(axis=1).mean(), rtol=1e-4)
+    parts = (
+        metrics["loss_task"] + 0.1 * metrics["loss_entropy"] + 0.01 * metrics["loss_kl"] + 0.1 * metrics["loss_gate"]
+    )
+    np.testing.assert_allclose(metrics["loss"], parts, rtol=1e-6)
+
+
+def named(leaf: tuple[Any, Any]) -> tuple[str, Any]:
+    return jax.tree_util.keystr(leaf[0]), leaf[1]
+
+
+def test_a_batch_is_what_a_step_takes() -> None:
+    assert set(BATCH) == {f.name for f in dataclasses.fields(Batch)}
+    assert BATCH["objective"].tolist() == OBJECTIVE
