@@ -154,7 +154,7 @@ def test_stored_bfloat16_stays(folder, tiny_model):
 
 
 def test_fingerprint(tiny_model):
-    """Every leaf counts, and so does the geometry; the dtype does not."""
+    """Every leaf counts, and so does the geometry; the dtype and the bookkeeping do not."""
     backbone = load_backbone(tiny_model)
     flat, tree = jax.tree.flatten(backbone.params)
     found = {backbone.fingerprint}
@@ -164,7 +164,8 @@ def test_fingerprint(tiny_model):
     found.add(fingerprint(dataclasses.replace(backbone.config, rope_theta=5e5), backbone.params))
     assert len(found) == len(flat) + 2
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), backbone.params)
-    assert fingerprint(backbone.config, half) == backbone.fingerprint
+    same = dataclasses.replace(backbone.config, pad_token_id=5, eos_token_id=(1, 2), max_position_embeddings=99)
+    assert fingerprint(same, half) == backbone.fingerprint
 
 
 def test_tied_folder_may_repeat_its_embedding(folder):

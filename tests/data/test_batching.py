@@ -76,6 +76,9 @@ def test_the_order_depends_on_seed_and_name_and_an_objective_keeps_its_own_besid
     assert order(0, "helpful") == order(0, "helpful")
     assert sorted(order(0, "helpful")) == list(range(40))
     assert len({tuple(order(s, n)) for s in (0, 1) for n in ("helpful", "honest")}) == 4
+    plan = RowOrder([5] * 40, 4, 0, "helpful")
+    first, second = ({frozenset(plan.rows(10 * epoch + k).tolist()) for k in range(10)} for epoch in range(2))
+    assert not first & second  # rows meet other rows in every epoch
     alone = TrainingBatches({"honest": ROWS["honest"]}, 2, EOS, seed=1)
     beside = TrainingBatches(ROWS, 2, EOS, seed=1)
     for k in range(4):

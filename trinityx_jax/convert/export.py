@@ -16,6 +16,7 @@ import numpy as np
 
 from trinityx_jax.backbone import Backbone, BackboneConfig
 from trinityx_jax.convert import hf
+from trinityx_jax.convert.fetch import HUB_ID, SMOLLM2
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.experts.lora import site_shape
@@ -41,6 +42,7 @@ def export_peft(vectors: Mapping[str, TaskVector], backbone: Backbone, out: Path
             holds something else, or the place cannot be written.
     """
     out = Path(out)
+    base_model = HUB_ID if base_model == SMOLLM2 else base_model  # a name that peft can resolve
     _check_vectors(vectors, backbone.config)
     folders = [out / name for name in vectors]
     for folder in folders:

