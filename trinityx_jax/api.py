@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trinityx_jax.backbone import Backbone, unembed
+from trinityx_jax.backbone import Backbone, BackboneConfig, unembed
 from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, gamma
@@ -66,11 +67,25 @@ def forward(
     stacked, static = combine(experts, router, weights)
     tokens = jnp.asarray(tokens, jnp.int32)
     real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
-    dtype = jax.tree.leaves(backbone.params)[0].dtype
+    return _forward(backbone.params, tokens, real, stacked, router, static, config=backbone.config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _forward(
+    base: Any,
+    tokens: jax.Array,
+    mask: jax.Array,
+    experts: Any,
+    router: Router | None,
+    weights: jax.Array | None,
+    *,
+    config: BackboneConfig,
+) -> tuple[jax.Array, jax.Array | None]:
+    dtype = jax.tree.leaves(base)[0].dtype
     hidden, aux, _ = hidden_states(
-        backbone.params, backbone.config, tokens, real, experts=stacked, router=router, weights=static, dtype=dtype
+        base, config, tokens, mask, experts=experts, router=router, weights=weights, dtype=dtype
     )
-    return unembed(backbone.params, backbone.config, hidden), (None if aux is None else token_routing(aux))
+    return unembed(base, config, hidden), (None if aux is None else token_routing(aux))
 
 
 @dataclasses.dataclass(frozen=True)

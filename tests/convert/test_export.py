@@ -28,7 +28,7 @@ READINGS = {
     "literal": preset("literal"),
     "anchored": MoCaEConfig(weight="anchored"),
     "weights": MoCaEConfig(mixing="weights"),
-    "gated": MoCaEConfig(output="gated"),
+    "gated": MoCaEConfig(output="gated", train_norm=True),
     "top_k": MoCaEConfig(top_k=2),
     "shared": MoCaEConfig(router_scope="shared"),
 }

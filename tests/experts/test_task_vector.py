@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,15 @@ PARAMS = {
 }
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 laws = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    """These programs are tiny and run once: most of their time would go into optimising them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def make(seed: int, ranks: dict[str, int], layers: int = LAYERS, wide: int = 0) -> TaskVector:

@@ -225,7 +225,7 @@ def reference_layer(layer: Layer, inputs: Any, mocae: Any) -> tuple[np.ndarray, 
     pi = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
     pi /= pi.sum(axis=-1, keepdims=True)
     alpha = pi * r["gamma"]
-    if mocae.weight != "product":
+    if mocae.weight == "convex":
         alpha /= alpha.sum(axis=-1, keepdims=True)
     if mocae.mixing == "weights":
         y = np.zeros((B, S, D))
@@ -300,7 +300,7 @@ def test_top_1_goes_to_the_likeliest_expert_alone() -> None:
 @pytest.mark.parametrize("output", ["prenorm", "gated", "layernorm"])
 def test_dropout_falls_on_what_the_layer_adds_and_keeps_its_mean(output: str) -> None:
     layer, inputs, rate = make_layer(3), router_inputs(3), 0.25
-    mocae = preset("recommended", output=output, dropout=rate)
+    mocae = preset("recommended", output=output, dropout=rate, train_norm=output != "prenorm")
     leaves = {"experts": layer.experts, "router": inputs}
     still, _ = mixing.routed_feed_forward(CONFIG, mocae)(layer.mlp, layer.h, layer.u, leaves)
     apply = jax.jit(mixing.routed_feed_forward(CONFIG, mocae, deterministic=False))

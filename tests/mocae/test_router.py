@@ -186,8 +186,7 @@ def outcome(backbone: Backbone, **changes: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(out)}
 
 
-# Where alpha sums to one, anchored is the convex mixture; gated starts as prenorm, its gate at 0.
-ALIKE = ("anchored", "gated")
+ALIKE = ("gated",)  # it starts as prenorm, its gate at 0
 CHANGES: list[tuple[str, Any, dict[str, Any]]] = [
     ("temperature", 0.8, {}),
     ("top_k", 2, {}),
@@ -196,7 +195,7 @@ CHANGES: list[tuple[str, Any, dict[str, Any]]] = [
     ("lambda_kl", 0.5, {}),
     ("lambda_gate", 0.0, {}),
     ("train_gamma", True, {}),
-    ("train_norm", True, {"output": "gated"}),
+    ("train_norm", True, {"output": "layernorm"}),
     *((name, value, {}) for name, allowed in CHOICES.items() for value in allowed[1:] if value not in ALIKE),
 ]
 

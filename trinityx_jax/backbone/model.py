@@ -199,5 +199,5 @@ def init_params(config: BackboneConfig, seed: int = 0) -> Params:
     """Random parameters (tests, benchmarks)."""
     decoder = Decoder(config, base_feed_forward(config))
     tokens = jnp.zeros((1, 2), jnp.int32)
-    variables = decoder.init(jax.random.key(seed), tokens, jnp.ones((1, 2), bool))
+    variables = jax.jit(decoder.init)(jax.random.key(seed), tokens, jnp.ones((1, 2), bool))
     return nn.unbox(variables["params"])

@@ -60,7 +60,7 @@ def assemble(
     """Fill the base tree from (name, tensor) pairs, one tensor in memory at a time.
 
     Args:
-        dtype: ``float32``, ``bfloat16``, or None for the dtype of the first tensor.
+        dtype: ``float32``, ``bfloat16``, or None for the one all tensors are stored in.
 
     Raises:
         UserError: a tensor is missing, unexpected, or of another shape.
@@ -70,6 +70,7 @@ def assemble(
     arrays: dict[tuple[str, ...], np.ndarray] = {}
     seen: set[str] = set()
     repeated: np.ndarray | None = None
+    stored = ""
     for name, tensor in tensors:
         if name.endswith("rotary_emb.inv_freq"):  # derived from theta, stored by old transformers
             continue
@@ -79,13 +80,13 @@ def assemble(
         if name not in places:
             raise UserError(f"{where}: tensor {name!r} does not belong to this model")
         path, layer, transposed = places[name]
-        if dtype is None:
-            dtype = str(tensor.dtype)
-            if dtype not in DTYPES:
-                raise UserError(f"{where}: stored as {dtype}; choose one to load it in ({', '.join(DTYPES)})")
+        if dtype is None and str(tensor.dtype) != (stored := stored or str(tensor.dtype)):
+            raise UserError(f"{where}: stored in {stored} and {tensor.dtype}; choose one dtype to load it in")
+        if dtype is None and stored not in DTYPES:
+            raise UserError(f"{where}: stored as {stored}; choose one to load it in ({', '.join(DTYPES)})")
         value = tensor.T if transposed else tensor
         if path not in arrays:
-            arrays[path] = np.empty(shapes[path], numpy_dtype(dtype))
+            arrays[path] = np.empty(shapes[path], numpy_dtype(dtype or stored))
         target = arrays[path]
         slot = target if layer is None else target[layer]
         if slot.shape != value.shape:

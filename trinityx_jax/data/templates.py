@@ -66,6 +66,8 @@ def prompt_text(template: str, example: Example, tokenizer: Any) -> str:
 def encode_prompts(template: str, examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
     """Prompt token ids. A chat template writes its own special tokens; the others get the tokenizer's."""
     template = resolve(template, tokenizer)
+    if not examples:
+        return []
     texts = [prompt_text(template, e, tokenizer) for e in examples]
     return tokenizer(texts, add_special_tokens=template != "chat")["input_ids"]
 
@@ -82,6 +84,8 @@ def encode(template: str, examples: Sequence[Example], tokenizer: Any, seq_len: 
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token: an answer's end could not be learned")
     prompts = encode_prompts(template, examples, tokenizer)
+    if not prompts:
+        return []
     answers = tokenizer([e.response for e in examples], add_special_tokens=False)["input_ids"]
     out = []
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -54,7 +54,7 @@ def gamma(
     """Normalised static weights gamma~ [E], in the mapping's order, summing to 1 (paper 3.1, METHOD 1).
 
     Args:
-        reference: None is the recommended mean of unit-norm experts.
+        reference: None is the mean of the experts; for ``cosine`` of the experts scaled to unit norm.
         similarity: ``cosine`` or the paper's ``inner``.
 
     Raises:
@@ -74,7 +74,8 @@ def gamma(
     if zero:
         log.warning("gamma: expert %s is zero: gamma is uniform", ", ".join(zero))
         return uniform
-    reference = mean_reference(experts) if reference is None else reference
+    if reference is None:
+        reference = mean_reference(experts) if similarity == "cosine" else naive_sum(experts) / float(len(experts))
     measure = TaskVector.cosine if similarity == "cosine" else TaskVector.inner
     raw = jnp.stack([measure(v, reference) for v in experts])
     for name, value in zip(names, raw.tolist(), strict=True):

@@ -15,7 +15,7 @@ from trinityx_jax.api import need_router, open_run
 from trinityx_jax.backbone import Backbone, BackboneConfig
 from trinityx_jax.data.batching import MULTIPLE, round_up
 from trinityx_jax.experts import TaskVector, stack
-from trinityx_jax.generation.decode import generate_ids, prompt_ids
+from trinityx_jax.generation.decode import generate_ids, prompt_ids, stored_dtype
 from trinityx_jax.generation.sampling import Sampling
 from trinityx_jax.mocae import Router, hidden_states, token_routing
 
@@ -65,7 +65,7 @@ def answer_routing(
     router: Router,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
-    dtype: str = "float32",
+    dtype: str | None = None,
 ) -> list[np.ndarray]:
     """pi [S,E] of each answer's tokens, averaged over layers, by one pass over prompt and answer."""
     size = round_up(max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)), MULTIPLE)
@@ -74,7 +74,8 @@ def answer_routing(
         ids = [*prompt, *answer]
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
     experts = stack([vectors[name] for name in router.names])
-    pi = np.asarray(_routing(backbone.params, experts, router, tokens, mask, config=backbone.config, dtype=dtype))
+    kind = dtype or stored_dtype(backbone)
+    pi = np.asarray(_routing(backbone.params, experts, router, tokens, mask, config=backbone.config, dtype=kind))
     return [pi[i, len(p) : len(p) + len(a)] for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
 
 

@@ -33,11 +33,12 @@ def generate(
     sampling: Sampling | None = None,
     template: str = "auto",
     seed: int = 0,
-    dtype: str = "float32",
+    dtype: str | None = None,
 ) -> list[str]:
     """Answer prompts; without experts by the base model, with ``weights`` by a static combination.
 
     Args:
+        dtype: of the computation; None is the parameters'.
         template: how a prompt is wrapped (``data.templates``); ``none`` feeds it as it is.
         sampling: None is greedy.
 
@@ -80,7 +81,7 @@ def generate_ids(
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     seed: int = 0,
-    dtype: str = "float32",
+    dtype: str | None = None,
 ) -> list[list[int]]:
     """As ``generate``, from token ids to token ids; an answer ends before its end-of-sequence token."""
     if not prompts:
@@ -101,7 +102,8 @@ def generate_ids(
     ends = end_ids(backbone)
     out = _decode(
         backbone.params, stacked, router, static, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(seed),
-        config=backbone.config, count=max_new_tokens, ends=ends, sampling=sampling or Sampling(), dtype=dtype,
+        config=backbone.config, count=max_new_tokens, ends=ends, sampling=sampling or Sampling(),
+        dtype=dtype or stored_dtype(backbone),
     )  # fmt: skip
     answers = []
     for row in np.asarray(out).tolist():
@@ -134,6 +136,11 @@ def combine(
         if name not in experts:
             raise UserError(f"weights: there is no expert {name!r} (experts: {', '.join(names)})")
     return stack(list(experts.values())), jnp.asarray([weights.get(n, 0.0) for n in names], jnp.float32)
+
+
+def stored_dtype(backbone: Backbone) -> str:
+    """The dtype the parameters are kept in."""
+    return str(jax.tree.leaves(backbone.params)[0].dtype)
 
 
 def end_ids(backbone: Backbone) -> tuple[int, ...]:

@@ -5,6 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 
+def selected(z: np.ndarray, top_k: int | None) -> np.ndarray:
+    """Router logits [...,E] with all but the ``top_k`` largest at -inf, as the model masks them."""
+    if top_k is None or top_k >= z.shape[-1]:
+        return z
+    kept = np.argsort(-z, axis=-1, kind="stable")[..., :top_k]
+    out = np.full_like(z, -np.inf)
+    np.put_along_axis(out, kept, np.take_along_axis(z, kept, axis=-1), axis=-1)
+    return out
+
+
 def row_probabilities(z: list[np.ndarray], temperature: float) -> np.ndarray:
     """Each row's pi at a temperature [N,E], from its router logits [S,L,E], as ``row_routing`` has it."""
     out = []

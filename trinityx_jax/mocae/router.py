@@ -75,8 +75,8 @@ class MoCaEConfig:
             raise UserError("mocae.train_norm: output 'prenorm' has no norm to train")
         if self.mixing == "weights" and self.weight == "anchored":
             raise UserError("mocae.mixing: 'weights' mixes deltas, which 'anchored' weighting does not apply to")
-        if self.train_gamma and self.weight == "convex" and self.mixing == "weights":
-            raise UserError("mocae.train_gamma: is not supported with mixing 'weights'")
+        if self.output == "gated" and not self.train_norm:
+            raise UserError("mocae.output: 'gated' needs train_norm: its gate starts at 0, where it does nothing")
 
 
 PRESETS: dict[str, MoCaEConfig] = {
@@ -187,8 +187,6 @@ def probabilities(z: jax.Array, temperature: jax.Array, top_k: int | None) -> ja
 
 
 def mixture_weights(pi: jax.Array, gamma: jax.Array, weight: str) -> jax.Array:
-    """alpha [...,E] in float32: pi * gamma~, renormalised unless ``product``."""
+    """alpha [...,E] in float32: pi * gamma~, renormalised where ``convex``."""
     alpha = pi * gamma
-    if weight == "product":
-        return alpha
-    return alpha / jnp.sum(alpha, axis=-1, keepdims=True)
+    return alpha / jnp.sum(alpha, axis=-1, keepdims=True) if weight == "convex" else alpha

@@ -21,7 +21,7 @@ from trinityx_jax.data.templates import Encoded, encode
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, gamma, init_expert, stack, unstack
 from trinityx_jax.mocae import Router, hidden_states, init_router, token_routing
-from trinityx_jax.mocae.calibration import calibrated_temperature
+from trinityx_jax.mocae.calibration import calibrated_temperature, selected
 from trinityx_jax.runs import RunFolder, save_router
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
@@ -87,10 +87,10 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
         UserError: the rows or the configuration are wrong, or the run folder holds another run.
         Stopped: a signal asked for it; state was saved.
     """
+    rows = load_training_rows(config, backbone).train
     run = RunFolder(config.out)
     run.open(backbone, config.model)
     run.begin("experts", settings(config))
-    rows = load_training_rows(config, backbone).train
     save_config(config, run.path / "config-experts.yaml", "experts")
     names = config.experts.names
     groups = [names] if config.train.mode == "joint" else [[name] for name in names]
@@ -150,12 +150,12 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     if set(vectors) != set(names):
         raise UserError(f"experts: the configuration names {', '.join(names)}, found {', '.join(vectors)}")
     vectors = {name: vectors[name] for name in names}
+    rows = load_training_rows(config, backbone)
     run = RunFolder(config.out)
     run.open(backbone, config.model)
     run.begin("router", settings(config))
     if run.done("experts") is None:  # they come from elsewhere; a run folder is self-contained
         run.save_experts(vectors)
-    rows = load_training_rows(config, backbone)
     save_config(config, run.path / "config-router.yaml", "router")
     mocae = config.mocae_config()
     if mocae.gamma_similarity == "uniform":
@@ -224,7 +224,7 @@ def calibrate(
     for index, batch in evaluation_batches(flat, labels.tolist(), config.evaluate.batch_size, _pad_id(backbone)):
         found = np.asarray(router_logits(backbone.params, batch.tokens, batch.mask))
         for row, i in enumerate(index):
-            z[int(i)] = found[row][batch.mask[row]]
+            z[int(i)] = selected(found[row][batch.mask[row]], router.config.top_k)
     temperature = calibrated_temperature([z[i] for i in range(len(flat))], labels, float(router.temperature))
     return dataclasses.replace(router, temperature=jnp.asarray(temperature, jnp.float32))
 

@@ -173,4 +173,8 @@ def router_step(
 
 def _update(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, previous: jax.Array) -> TrainState:
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, previous)
+    params = dict(optax.apply_updates(state.params, updates))
+    if "gamma" in params:  # stays a set of positive weights that sum to one
+        positive = jnp.maximum(params["gamma"], 1e-4)
+        params["gamma"] = positive / jnp.sum(positive)
+    return TrainState(state.step + 1, params, opt_state, previous)

@@ -4,7 +4,7 @@ Every expert is a low-rank delta on the feed-forward's linear sites, W^i = W + s
 layer a router weighs the experts per token:
 
     pi    = softmax((W_r u + b_r) / temperature)            u: the feed-forward's normed input
-    alpha = pi * gamma, renormalised unless mixture_weight is "product"
+    alpha = pi * gamma, renormalised where mixture_weight is "convex"
     y     = sum_i alpha_i FFN_i(u)
 
 The base's gate and up projections are the same for all experts and its down projection is linear, so three
@@ -112,7 +112,7 @@ class TrinityXRouter(nn.Module):
         super().__init__()
         count = len(config.expert_names)
         self.top_k = config.router_top_k
-        self.normalise = config.mixture_weight != "product"
+        self.normalise = config.mixture_weight == "convex"
         self.weight = nn.Parameter(torch.zeros(count, config.hidden_size))
         self.bias = nn.Parameter(torch.zeros(count))
         self.gamma = nn.Parameter(torch.full((count,), 1.0 / max(count, 1)))
