@@ -84,6 +84,7 @@ def test_the_whole_way(capsys, tiny_run: Path, tmp_path: Path) -> None:
     assert code == 0
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert results["perplexity"]["MoCaE"]["honest"]["n"] == 4
+    assert len(json.loads((tmp_path / "evaluation" / "answers.json").read_text())) == 3
     for kind in ("peft", "mocae"):
         assert run(capsys, "export", tiny_run, tmp_path / kind, "--format", kind)[0] == 0
     assert (tmp_path / "peft" / "helpful" / "adapter_model.safetensors").exists()
@@ -168,6 +169,19 @@ def test_experts_of_another_base_are_refused(capsys, tiny_run: Path, tiny_config
         str(tiny_run),
     )
     assert "trained on another base model" in said
+
+
+def test_experts_from_elsewhere_are_copied_and_kept_apart(capsys, tiny_run: Path, tiny_config: Path, tmp_path) -> None:
+    router, out = tiny_config.with_name("router.yaml"), tmp_path / "new"
+    flags = ["--out", out, "--train.steps", "1"]
+    assert run(capsys, "train-router", router, *flags, "--experts.from", tiny_run)[0] == 0
+    for name in ("helpful", "harmless", "honest"):
+        file = Path("experts") / name / "expert.safetensors"
+        assert (out / file).read_bytes() == (tiny_run / file).read_bytes()
+    assert run(capsys, "report", out)[0] == 0
+    assert "begun with other settings" in refused(capsys, "train-experts", tiny_config, "--out", out)
+    said = refused(capsys, "train-router", router, "--out", tiny_run, "--experts.from", out)
+    assert "other settings" in said
 
 
 def test_full_disk_at_export_leaves_nothing(capsys, tiny_run: Path, tmp_path: Path, monkeypatch) -> None:

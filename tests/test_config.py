@@ -30,6 +30,7 @@ def test_shipped_files_are_valid(path: Path) -> None:
 
 def test_overrides_win(tmp_path: Path) -> None:
     path = write(tmp_path, minimal())
+    assert load_config(path, ["--mocae.lambda_kl", "1e-3"]).mocae_config().lambda_kl == 0.001
     config = load_config(path, ["--train.steps", "7", "--experts.names", "[helpful]", "--mocae.top_k", "1"])
     assert config.train.steps == 7
     assert config.mocae_config().top_k == 1
@@ -54,6 +55,9 @@ def test_round_trip(tmp_path: Path) -> None:
         (["--train.batch_size", "0"], r"train\.batch_size: .*greater than or equal to 1 \(it is 0\)"),
         (["--train.learning_rate", "fast"], r"train\.learning_rate: .*number"),
         (["--experts.names", "[helpful, helpful]"], "holds a name twice"),
+        (["--experts.names", "[base]"], "'base' cannot be an expert's name"),
+        (["--experts.names", "[a/b]"], "'a/b' cannot be an expert's name"),
+        (["--experts.names", "[]"], "at least one expert"),
         (["--experts.names", "[helpful, kind]"], r"expert 'kind' has no rows"),
         (["--experts.sites", "[gate, attn]"], r"experts\.sites\.1"),
         (["--data.kind.source", "x", "--data.kind.format", "alpaca"], r"data\.kind: there is no expert"),

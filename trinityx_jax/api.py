@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,14 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from trinityx_jax.backbone import Backbone, BackboneConfig, unembed
-from trinityx_jax.convert.load import load_backbone
-from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, gamma
 from trinityx_jax.generation.decode import combine
 from trinityx_jax.mocae import Router, hidden_states, token_routing
 from trinityx_jax.mocae.router import init_router as new_router
 from trinityx_jax.mocae.router import preset as named_preset
-from trinityx_jax.runs import RunFolder, check_base, load_experts, load_router
+from trinityx_jax.runs import check_base
 
 
 def init_router(
@@ -37,10 +33,7 @@ def init_router(
     for name, vector in experts.items():
         check_base(f"expert {name!r}", vector.origin.get("base"), backbone.fingerprint)
     mocae = named_preset(preset, **changes)
-    if mocae.gamma_similarity == "uniform":
-        static = jnp.full((len(experts),), 1.0 / len(experts))
-    else:
-        static = gamma(experts, similarity=mocae.gamma_similarity)
+    static = gamma(experts, similarity=mocae.gamma_similarity)
     return new_router(backbone.config, list(experts), static, mocae, seed)
 
 
@@ -86,40 +79,3 @@ def _forward(
         base, config, tokens, mask, experts=experts, router=router, weights=weights, dtype=dtype
     )
     return unembed(base, config, hidden), (None if aux is None else token_routing(aux))
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenRun:
-    """A run folder with its base, experts and router (None before stage 2) loaded."""
-
-    folder: RunFolder
-    model: str
-    backbone: Backbone
-    vectors: dict[str, TaskVector]
-    router: Router | None
-
-
-def open_run(path: str | Path) -> OpenRun:
-    """Load everything a run holds, from the base model it names.
-
-    Raises:
-        UserError: it is not a run folder, or its base is gone or another one.
-    """
-    folder = RunFolder(path)
-    base = folder.info()["base"]
-    vectors = load_experts(path, base["fingerprint"])
-    router = load_router(path, base["fingerprint"]) if folder.done("router") else None
-    backbone = load_backbone(base["model"])
-    check_base(f"{path}: the run", base["fingerprint"], backbone.fingerprint)
-    return OpenRun(folder, base["model"], backbone, vectors, router)
-
-
-def need_router(run: OpenRun) -> Router:
-    """The run's router.
-
-    Raises:
-        UserError: stage 2 has not finished.
-    """
-    if run.router is None:
-        raise UserError(f"{run.folder.path}: has no router yet (trinityx train-router)")
-    return run.router

@@ -6,16 +6,18 @@ after saving, run again to go on.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, Suppress
 
 from trinityx_jax import __version__
 from trinityx_jax.errors import UserError
@@ -72,7 +74,7 @@ def convert(src: Positional[str], out: Positional[str], dtype: Literal["float32"
     return OK
 
 
-def train_experts(config: Positional[str], overrides: Sequence[str] = ()) -> int:
+def train_experts(config: Positional[str], overrides: Suppress[Sequence[str]] = ()) -> int:
     """Stage 1: train each expert on its own rows. Any key can be overridden: --train.steps 20.
 
     Args:
@@ -94,7 +96,7 @@ def train_experts(config: Positional[str], overrides: Sequence[str] = ()) -> int
     return OK
 
 
-def train_router(config: Positional[str], overrides: Sequence[str] = ()) -> int:
+def train_router(config: Positional[str], overrides: Suppress[Sequence[str]] = ()) -> int:
     """Stage 2: gamma, the router, its temperature. Any key can be overridden: --mocae.top_k 2.
 
     Args:
@@ -127,16 +129,15 @@ def vectors_show(run: Positional[str]) -> int:
     from rich.table import Table
 
     from trinityx_jax.evaluation.collect import vector_table
-    from trinityx_jax.experts import gamma
     from trinityx_jax.runs import load_experts
 
     vectors = load_experts(run)
-    facts, weights = vector_table(vectors), gamma(vectors).tolist()
+    facts, weights = vector_table(vectors), _gamma_cells(run, vectors)
     table = Table("expert", "rank", "norm", "gamma", *(f"cos {n}" for n in vectors))
     for index, (name, vector) in enumerate(vectors.items()):
         ranks = ",".join(str(r) for r in sorted(set(vector.ranks.values())))
         cosines = [f"{c:+.3f}" for c in facts["cosine"][index]]
-        table.add_row(name, ranks, f"{facts['norm'][name]:.3f}", f"{weights[index]:.3f}", *cosines)
+        table.add_row(name, ranks, f"{facts['norm'][name]:.3f}", weights[name], *cosines)
     _print(table)
     return OK
 
@@ -199,8 +200,8 @@ def evaluate(run: Positional[str], out: str | None = None) -> int:
         out: folder for results.json; by default the run's evaluation folder.
     """
     from trinityx_jax.evaluation.collect import claims
-    from trinityx_jax.evaluation.heldout_run import evaluate_run
     from trinityx_jax.evaluation.report import closing_table
+    from trinityx_jax.evaluation.suite import evaluate_run
 
     results, path = evaluate_run(run, out)
     _print(closing_table({**results, "claims": claims(results)}))
@@ -216,8 +217,8 @@ def export(run: Positional[str], out: Positional[str], format: Literal["peft", "
         out: folder to write.
         format: peft: one adapter folder per expert; mocae: one folder for AutoModelForCausalLM.
     """
-    from trinityx_jax.api import need_router, open_run
     from trinityx_jax.convert.export import export_mocae, export_peft
+    from trinityx_jax.runs import need_router, open_run
 
     opened = open_run(run)
     if format == "mocae":
@@ -269,13 +270,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = " ".join(words[:2]) if words[:1] == ["vectors"] else "".join(words[:1])
     if name not in COMMANDS:
         return _usage(name)
+    with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that cleanups run
     try:
         return _call(name, words[len(name.split()) :])
     except UserError as error:
         print(f"trinityx: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("trinityx: interrupted", file=sys.stderr)
+        print("trinityx: stopped by a signal; what was finished is kept, run again to go on", file=sys.stderr)
         return STOPPED
     except Exception as error:
         from trinityx_jax.files import disk_full
@@ -308,6 +311,23 @@ def _usage(name: str) -> int:
         return OK if name else BAD_INPUT
     print(f"trinityx: no command {name!r} (commands: {', '.join(COMMANDS)})", file=sys.stderr)
     return BAD_INPUT
+
+
+def _gamma_cells(run: str, vectors: Mapping[str, Any]) -> dict[str, str]:
+    """gamma~ of the run's router; before there is one, by the recommended reading; "-" where it has none."""
+    from trinityx_jax.experts import gamma
+    from trinityx_jax.runs import load_router
+
+    try:
+        if (Path(run) / "router" / "router.json").exists():
+            router = load_router(run)
+            found = dict(zip(router.names, router.gamma.tolist(), strict=True))
+        else:
+            found = dict(zip(vectors, gamma(vectors).tolist(), strict=True))
+    except UserError as error:
+        print(f"gamma is not defined: {error}", file=sys.stderr)
+        return dict.fromkeys(vectors, "-")
+    return {name: f"{found[name]:.3f}" for name in vectors}
 
 
 def _prompts(prompt: str | None, file: str | None) -> list[str]:

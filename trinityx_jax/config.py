@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,9 @@ from trinityx_jax.data.templates import TEMPLATES
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import write_text
 from trinityx_jax.mocae.router import MoCaEConfig, preset
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a folder's name on every system
+RESERVED = {"base", "MoCaE", "naive-merge", "uncalibrated"}  # systems that experts are compared with
 
 
 class _Section(pydantic.BaseModel):
@@ -31,8 +35,6 @@ class ExpertsConfig(_Section):
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     sites: list[Literal["gate", "up", "down"]] = ["gate", "up", "down"]
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class DataConfig(_Section):
@@ -103,6 +105,11 @@ class RunConfig(_Section):
     def _consistent(self) -> RunConfig:
         self.mocae_config()
         names = self.experts.names
+        if not names:
+            raise ValueError("experts.names: at least one expert is needed")
+        for name in names:
+            if not NAME.fullmatch(name) or name in RESERVED:
+                raise ValueError(f"experts.names: {name!r} cannot be an expert's name (letters, digits, '.', '_', '-')")
         if len(set(names)) < len(names):
             raise ValueError(f"experts.names: {names} holds a name twice")
         missing = [n for n in names if n not in self.data]
@@ -116,12 +123,7 @@ class RunConfig(_Section):
     def mocae_config(self) -> MoCaEConfig:
         """The router's typed switches: a preset with this file's changes."""
         changes = dict(self.mocae)
-        name = changes.pop("preset", "recommended")
-        known = [*MoCaEConfig.__dataclass_fields__, "preset"]
-        for key in changes:
-            if key not in known:
-                raise ValueError(f"mocae.{key}: unknown key{_nearest(key, known)}")
-        return preset(name, **changes)
+        return preset(changes.pop("preset", "recommended"), **changes)
 
 
 # Keys that a stage does not use: setting one there is an error, and they are not saved with it.
@@ -129,6 +131,14 @@ UNUSED: dict[str, dict[str, Any]] = {
     "experts": {"experts": {"source"}, "mocae": True},
     "router": {"experts": {"rank", "alpha", "dropout", "sites"}, "train": {"mode"}},
 }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats as well: PyYAML alone reads 1e-3 as text."""
+
+
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> RunConfig:
@@ -142,7 +152,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), stage: str | No
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -184,13 +194,13 @@ def _override(values: dict[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
         if not flag.startswith("--"):
             raise UserError(f"{flag}: expected --key.sub VALUE")
         node: Any = values
-        *parents, last = flag[2:].replace("-", "_").split(".")
+        *parents, last = flag[2:].split(".")
         for key in parents:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 raise UserError(f"{flag}: {key!r} is a value, not a section")
         try:
-            node[last] = yaml.safe_load(raw)
+            node[last] = yaml.load(raw, _Loader)
         except yaml.YAMLError:
             node[last] = raw
     return values

@@ -54,7 +54,7 @@ class Quickstart:
     """The stages over one run folder; each is skipped where ``run.json`` says it is done."""
 
     def __init__(self, out: str, model: str | None, steps: int | None):
-        self.model = model or SMOLLM2
+        self.model = SMOLLM2 if model is None else str(Path(model).resolve()) if Path(model).exists() else model
         self.run = RunFolder(out)
         self.experts_config = settings(out, self.model, steps, "experts")
         self.router_config = settings(out, self.model, steps, "router")

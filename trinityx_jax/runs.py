@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from trinityx_jax.backbone import Backbone
+from trinityx_jax.config import NAME
+from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import atomic_dir, read_json, write_json
 from trinityx_jax.mocae import MoCaEConfig, Router
 
 FORMAT = 1
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _PACKAGES = ("trinityx_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
 class RunFolder:
-    """A self-contained folder of one run. Opening an existing one checks its format and base."""
+    """A self-contained folder of one run."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -67,7 +67,8 @@ class RunFolder:
             return
         versions = {name: _version(name) for name in _PACKAGES}
         base = {
-            "model": model,
+            "model": str(Path(model).resolve()) if Path(model).exists() else model,
+            "dtype": str(jax.tree.leaves(backbone.params)[0].dtype),
             "fingerprint": backbone.fingerprint,
             "parameters": sum(int(x.size) for x in jax.tree.leaves(backbone.params)),
             "layers": backbone.config.num_layers,
@@ -140,14 +141,12 @@ def save_expert(vector: TaskVector, out: Path) -> None:
     arrays = {f"{s}.{k}": np.asarray(x) for s, site in vector.sites.items() for k, x in site.items()}
     with atomic_dir(out) as staging:
         save_file(arrays, staging / "expert.safetensors")
-        write_json(staging / "expert.json", {"format": FORMAT, "ranks": vector.ranks, "origin": vector.origin})
+        write_json(staging / "expert.json", {"format": FORMAT, "origin": vector.origin})
 
 
 def load_expert(folder: Path) -> TaskVector:
     """The inverse of ``save_expert``."""
-    info = read_json(folder / "expert.json")
-    if info.get("format") != FORMAT:
-        raise UserError(f"{folder / 'expert.json'}: format {info.get('format')!r} is not {FORMAT}")
+    info = _description(folder / "expert.json")
     sites: dict[str, dict[str, jax.Array]] = {}
     for key, value in _read_arrays(folder / "expert.safetensors").items():
         site, _, leaf = key.partition(".")
@@ -155,7 +154,7 @@ def load_expert(folder: Path) -> TaskVector:
     for site, leaves in sites.items():
         if set(leaves) != {"a", "b", "scale"}:
             raise UserError(f"{folder / 'expert.safetensors'}: site {site!r} holds {', '.join(sorted(leaves))}")
-    return TaskVector(sites, info["origin"])
+    return TaskVector(sites, info.get("origin"))
 
 
 def load_experts(path: str | Path, fingerprint: str | None = None) -> dict[str, TaskVector]:
@@ -208,15 +207,61 @@ def load_router(path: str | Path, fingerprint: str | None = None) -> Router:
         path = path / "router"
     if not (path / "router.json").exists():
         raise UserError(f"{path}: holds no router (no router.json)")
-    info = read_json(path / "router.json")
-    if info.get("format") != FORMAT:
-        raise UserError(f"{path / 'router.json'}: format {info.get('format')!r} is not {FORMAT}")
-    check_base("router", info["base"], fingerprint)
+    info = _description(path / "router.json")
+    check_base("router", info.get("base"), fingerprint)
     arrays = _read_arrays(path / "router.safetensors")
     norm = {k.removeprefix("norm."): arrays.pop(k) for k in list(arrays) if k.startswith("norm.")}
     if set(arrays) != {"kernel", "bias", "gamma", "temperature"}:
         raise UserError(f"{path / 'router.safetensors'}: holds {', '.join(sorted(arrays))}")
-    return Router(**arrays, norm=norm, config=MoCaEConfig(**info["mocae"]), names=tuple(info["names"]))
+    try:
+        mocae, names = MoCaEConfig(**info["mocae"]), tuple(info["names"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / 'router.json'}: not a router's description ({error})") from error
+    return Router(**arrays, norm=norm, config=mocae, names=names)
+
+
+def _description(file: Path) -> dict[str, Any]:
+    info = read_json(file)
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise UserError(f"{file}: not a description of format {FORMAT}")
+    return info
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRun:
+    """A run folder with its base, experts and router (None before stage 2) loaded."""
+
+    folder: RunFolder
+    model: str
+    backbone: Backbone
+    vectors: dict[str, TaskVector]
+    router: Router | None
+
+
+def open_run(path: str | Path) -> OpenRun:
+    """Load everything a run holds, from the base model it names.
+
+    Raises:
+        UserError: it is not a run folder, or its base is gone or another one.
+    """
+    folder = RunFolder(path)
+    base = folder.info()["base"]
+    vectors = load_experts(path, base["fingerprint"])
+    router = load_router(path, base["fingerprint"]) if folder.done("router") else None
+    backbone = load_backbone(base["model"], base["dtype"])
+    check_base(f"{path}: the run", base["fingerprint"], backbone.fingerprint)
+    return OpenRun(folder, base["model"], backbone, vectors, router)
+
+
+def need_router(run: OpenRun) -> Router:
+    """The run's router.
+
+    Raises:
+        UserError: stage 2 has not finished.
+    """
+    if run.router is None:
+        raise UserError(f"{run.folder.path}: has no router yet (trinityx train-router)")
+    return run.router
 
 
 def check_base(what: str, found: str | None, wanted: str | None) -> None:

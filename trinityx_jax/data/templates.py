@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from trinityx_jax.data.objectives import Example
 from trinityx_jax.errors import UserError
 
+log = logging.getLogger(__name__)
 TEMPLATES = ("auto", "chat", "alpaca", "trinityx")
 
 _ALPACA = (
@@ -75,8 +77,8 @@ def encode_prompts(template: str, examples: Sequence[Example], tokenizer: Any) -
 def encode(template: str, examples: Sequence[Example], tokenizer: Any, seq_len: int) -> list[Encoded]:
     """Tokenise examples as prompt + response + end-of-sequence, at most ``seq_len`` tokens each.
 
-    A row that is too long loses the prompt's tail first, then the response's; at least one answer
-    token stays.
+    A row that is too long loses its answer's tail; where the prompt alone is too long, its tail goes too,
+    and one answer token stays. So both answers of a pair keep the same prompt. Cut rows are counted.
 
     Raises:
         UserError: the tokenizer has no end-of-sequence token.
@@ -87,9 +89,13 @@ def encode(template: str, examples: Sequence[Example], tokenizer: Any, seq_len: 
     if not prompts:
         return []
     answers = tokenizer([e.response for e in examples], add_special_tokens=False)["input_ids"]
-    out = []
+    out, cut = [], 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        answer = [*answer, tokenizer.eos_token_id][: seq_len - 1]
-        prompt = prompt[: max(1, seq_len - len(answer))]
+        whole = len(prompt) + len(answer) + 1
+        prompt = prompt[: seq_len - 1]
+        answer = [*answer, tokenizer.eos_token_id][: seq_len - len(prompt)]
+        cut += len(prompt) + len(answer) < whole
         out.append(Encoded(np.asarray(prompt + answer, np.int32), len(prompt)))
+    if cut:
+        log.warning("%d of %d rows (%s ...) are cut to %d tokens", cut, len(out), examples[0].place, seq_len)
     return out

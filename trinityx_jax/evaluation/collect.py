@@ -19,12 +19,12 @@ def collect(run: RunFolder) -> dict[str, Any]:
     out: dict[str, Any] = {"title": f"TrinityX: {run.path.name}", "model": _model(info), "commands": _commands(run)}
     vectors = load_experts(run.path)
     out |= {"experts": list(vectors), "rank": max(max(v.ranks.values()) for v in vectors.values())}
-    out["vectors"] = vector_table(vectors)
     for name in ("results", "answers"):
         path = run.path / "evaluation" / f"{name}.json"
         if path.exists():
             found = read_json(path)
             out |= found if name == "results" else {"answers": found}
+    out["vectors"] = vector_table({name: vectors[name] for name in out["experts"]})
     if "router" in stages:
         facts = stages["router"]
         out["gamma"] = facts["gamma"]
@@ -36,7 +36,7 @@ def collect(run: RunFolder) -> dict[str, Any]:
     out["settings"] = {
         f"{stage}.{key}": value
         for stage, settings in info["settings"].items()
-        for key, value in settings["train"].items()
+        for key, value in settings.get("train", {}).items()
         if value is not None
     }
     timings = {k.removeprefix("quickstart/"): v["seconds"] for k, v in stages.items() if "seconds" in v}

@@ -106,7 +106,7 @@ def evaluate(
     rows = [*held.chosen, *held.rejected]
     scorer = Scorer(backbone, stack(list(vectors.values())), config.dtype, config.evaluate.batch_size)
     compared = {s: w for s, w in systems(names).items() if w is not None or router is not None}
-    key = _key(config, backbone, vectors, router, rows)
+    key = _key(config, backbone, vectors, router, rows, uncalibrated)
     scores: dict[str, Scores] = {}
     extra = 0 if router is None or uncalibrated is None else scorer.batches(held.chosen)
     with progress("evaluate", len(compared) * scorer.batches(rows) + extra) as bar:
@@ -213,9 +213,18 @@ def _one_template(
     return length, np.stack([pi[:length].mean(axis=0) for pi in whole])
 
 
-def _key(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector], router: Any, rows: list) -> str:
+def _key(
+    config: RunConfig,
+    backbone: Backbone,
+    vectors: Mapping[str, TaskVector],
+    router: Router | None,
+    rows: Sequence[Encoded],
+    uncalibrated: float | None,
+) -> str:
     """A digest of everything scores depend on, so that stored ones are never used for another model."""
-    digest = zlib.crc32(json.dumps([backbone.fingerprint, config.dtype, list(vectors)]).encode())
+    switches = None if router is None else dataclasses.asdict(router.config)
+    facts = [backbone.fingerprint, config.dtype, list(vectors), uncalibrated, switches]
+    digest = zlib.crc32(json.dumps(facts).encode())
     for leaf in jax.tree.leaves([[v.sites for v in vectors.values()], router]):
         digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
     for row in rows:

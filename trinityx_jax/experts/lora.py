@@ -102,13 +102,6 @@ def _pad_rank(site: Site, rank: int) -> dict[str, jax.Array]:
     }
 
 
-def delta_all(site: Site, x: jax.Array) -> jax.Array:
-    """Every expert's delta of the same input, in two fat matmuls: [...,in] -> [...,E,out]."""
-    low = jnp.einsum("...i,eir->...er", x, site["a"].astype(x.dtype))
-    low = low * site["scale"].astype(x.dtype)[:, None]
-    return jnp.einsum("...er,ero->...eo", low, site["b"].astype(x.dtype))
-
-
 def delta_weighted(site: Site, x: jax.Array, weight: jax.Array) -> jax.Array:
     """Sum over experts of weight [...,E] times delta, mixed in the low-rank space: -> [...,out]."""
     low = jnp.einsum("...i,eir->...er", x, site["a"].astype(x.dtype))

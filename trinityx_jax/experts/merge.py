@@ -14,7 +14,7 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.experts.task_vector import TaskVector
 
 log = logging.getLogger(__name__)
-SIMILARITIES = ("cosine", "inner")
+SIMILARITIES = ("cosine", "inner", "uniform")
 
 
 def merge(params: Mapping[str, Any], vector: TaskVector) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def gamma(
 
     Args:
         reference: None is the mean of the experts; for ``cosine`` of the experts scaled to unit norm.
-        similarity: ``cosine`` or the paper's ``inner``.
+        similarity: ``cosine``, the paper's ``inner``, or ``uniform``: 1/E each.
 
     Raises:
         UserError: a similarity is negative, or its name is unknown; there is no expert, or one is not finite.
@@ -71,6 +71,8 @@ def gamma(
         if not math.isfinite(norm):
             raise UserError(f"gamma: expert {name!r} holds values that are not finite")
     uniform = jnp.full((len(experts),), 1.0 / len(experts), jnp.float32)
+    if similarity == "uniform":
+        return uniform
     if zero:
         log.warning("gamma: expert %s is zero: gamma is uniform", ", ".join(zero))
         return uniform

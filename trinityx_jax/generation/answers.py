@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trinityx_jax.api import need_router, open_run
 from trinityx_jax.backbone import Backbone, BackboneConfig
 from trinityx_jax.data.batching import MULTIPLE, round_up
 from trinityx_jax.experts import TaskVector, stack
-from trinityx_jax.generation.decode import generate_ids, prompt_ids, stored_dtype
+from trinityx_jax.generation.decode import BATCH, generate_ids, prompt_ids, stored_dtype
 from trinityx_jax.generation.sampling import Sampling
 from trinityx_jax.mocae import Router, hidden_states, token_routing
+from trinityx_jax.runs import need_router, open_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,10 @@ def answer_routing(
     dtype: str | None = None,
 ) -> list[np.ndarray]:
     """pi [S,E] of each answer's tokens, averaged over layers, by one pass over prompt and answer."""
+    if len(prompts) > BATCH:
+        parts = [slice(i, i + BATCH) for i in range(0, len(prompts), BATCH)]
+        found = [answer_routing(backbone, vectors, router, prompts[p], answers[p], dtype) for p in parts]
+        return [row for part in found for row in part]
     size = round_up(max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)), MULTIPLE)
     tokens, mask = np.zeros((len(prompts), size), np.int32), np.zeros((len(prompts), size), bool)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

@@ -19,6 +19,7 @@ from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.generation.sampling import Sampling, choose
 from trinityx_jax.mocae import Router, hidden_states
 
+BATCH = 32  # prompts decoded together
 PROMPT_MULTIPLE = 32  # prompts are left-padded to this, so that few shapes are compiled
 
 
@@ -91,6 +92,11 @@ def generate_ids(
     for index, ids in enumerate(prompts):
         if not len(ids):
             raise UserError(f"prompts[{index}]: the prompt is empty")
+    if len(prompts) > BATCH:  # bounds the cache, whatever the number of prompts
+        options: dict[str, Any] = {"experts": experts, "router": router, "weights": weights, "sampling": sampling}
+        options |= {"max_new_tokens": max_new_tokens, "dtype": dtype}
+        parts = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
+        return [row for i, part in enumerate(parts) for row in generate_ids(backbone, part, seed=seed + i, **options)]
     stacked, static = combine(experts, router, weights)
     size = round_up(max(len(p) for p in prompts), PROMPT_MULTIPLE)
     limit = backbone.config.max_position_embeddings

@@ -100,12 +100,10 @@ def _delta(site: lora.Site | None, x: jax.Array) -> jax.Array | float:
     return low @ site["b"].astype(x.dtype)
 
 
-def routed_feed_forward(
-    config: BackboneConfig, mocae: MoCaEConfig, deterministic: bool = True, use_mixture: Any = mixture
-) -> FeedForward:
+def routed_feed_forward(config: BackboneConfig, mocae: MoCaEConfig, deterministic: bool = True) -> FeedForward:
     """The MoCaE layer for the decoder; per-layer inputs are ``experts``, ``router`` and ``key``.
 
-    aux is {"pi": [B,S,E], "z": [B,S,E]} in float32. ``use_mixture`` is for tests and benchmarks.
+    aux is {"pi": [B,S,E], "z": [B,S,E]} in float32.
     """
 
     def apply(mlp: Mlp, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -116,7 +114,7 @@ def routed_feed_forward(
         if mocae.mixing == "weights":
             y = weight_mixture(mlp, layer["experts"], u, alpha, config.activation)
         else:
-            y = use_mixture(mlp, layer["experts"], u, alpha, config.activation, mocae.weight == "anchored")
+            y = mixture(mlp, layer["experts"], u, alpha, config.activation, mocae.weight == "anchored")
         key = None if deterministic or mocae.dropout == 0.0 else layer["key"]
         return _output(mocae, h, y, r["norm"], key), {"pi": pi, "z": z}
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from trinityx_jax.data.batching import Batch, TrainingBatches
 from trinityx_jax.errors import UserError
+from trinityx_jax.files import write_text
 from trinityx_jax.progress import progress
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.step import TrainState
@@ -33,7 +34,8 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if self._keep(line, restored)]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            write_text(path, "".join(f"{line}\n" for line in kept))
+        self._last = time.monotonic()
         self._file = path.open("a", encoding="utf-8")
 
     def _keep(self, line: str, restored: int) -> bool:
@@ -43,9 +45,13 @@ class MetricsLog:
             return False
         return entry["stage"] != self.stage or entry["step"] <= restored
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line."""
-        self._file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+    def write(self, step: int, values: Mapping[str, Any], tokens: int) -> None:
+        """Append one line; tokens per second are over the time since the line before."""
+        now = time.monotonic()
+        speed = round(tokens / (now - self._last), 1)
+        self._last = now
+        entry = {"stage": self.stage, "step": step, **values, "tokens": tokens, "tokens_per_second": speed}
+        self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -92,16 +98,15 @@ def run_steps(
     state = checkpoints.restore(state)
     start = int(state.step)
     log = MetricsLog(metrics_path, stage, start)
-    pending: tuple[int, Any, Batch, float] | None = None
+    pending: tuple[int, Any, Batch] | None = None
     try:
         with progress(stage, total, start) as bar, stop_on_signals() as signals:
             for index in range(start, total):
                 batch = batches[index]
-                began = time.monotonic()
                 state, metrics = step(state, batch.arrays())
                 if pending is not None:  # one step behind, so the device never waits for the log
                     bar.advance(_record(log, pending, describe, stage))
-                pending = (index + 1, metrics, batch, began)
+                pending = (index + 1, metrics, batch)
                 if signals or (index + 1) % checkpoints.every == 0 or index + 1 == total:
                     bar.advance(_record(log, pending, describe, stage))
                     pending = None
@@ -113,11 +118,11 @@ def run_steps(
     return state
 
 
-def _record(log: MetricsLog, pending: tuple[int, Any, Batch, float], describe: Callable, stage: str) -> str:
-    step, metrics, batch, began = pending
+def _record(log: MetricsLog, pending: tuple[int, Any, Batch], describe: Callable, stage: str) -> str:
+    step, metrics, batch = pending
     values = describe(jax.tree.map(np.asarray, metrics))
     if not math.isfinite(values["loss"]):
-        raise UserError(f"{stage}: the loss is {values['loss']} at step {step}; lower train.learning_rate")
-    tokens = batch.token_count
-    log.write(step, {**values, "tokens": tokens, "tokens_per_second": round(tokens / (time.monotonic() - began), 1)})
+        hint = "lower train.learning_rate and choose another --out"
+        raise UserError(f"{stage}: the loss is {values['loss']} at step {step}; {hint}")
+    log.write(step, values, batch.token_count)
     return f"loss {values['loss']:.3f}"

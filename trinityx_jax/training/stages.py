@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trinityx_jax.backbone import Backbone
-from trinityx_jax.config import RunConfig, save_config
+from trinityx_jax.config import RunConfig, TrainConfig, save_config
 from trinityx_jax.data.batching import TrainingBatches, evaluation_batches
 from trinityx_jax.data.objectives import Example, load_examples, load_pairs
 from trinityx_jax.data.splits import overlap, split_by_question
@@ -26,7 +26,14 @@ from trinityx_jax.runs import RunFolder, save_router
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.optimizer import make_optimizer
-from trinityx_jax.training.step import TrainState, expert_step, router_step, trained_experts, trained_router
+from trinityx_jax.training.step import (
+    TrainState,
+    expert_step,
+    router_step,
+    trained_experts,
+    trained_router,
+    with_trained,
+)
 
 log = logging.getLogger(__name__)
 UNREPEATED = {"out", "evaluate", "checkpoint"}  # sections that do not change what a stage computes
@@ -110,7 +117,7 @@ def _train_group(
     e, train, names = config.experts, config.train, list(rows)
     experts = stack([init_expert(backbone.config, e.rank, e.alpha, e.sites, config.seed, n) for n in names])
     batches = TrainingBatches(rows, train.batch_size, _pad_id(backbone), config.seed)
-    total = train.steps or max(1, round(train.epochs * batches.steps_per_epoch))
+    total = total_steps(train, batches)
     optimizer = make_optimizer(train, total, per_expert=True)
     dtype = jnp.dtype(config.dtype)
     keys = jnp.stack([jax.random.fold_in(jax.random.key(config.seed + 1), zlib.crc32(n.encode())) for n in names])
@@ -133,8 +140,19 @@ def _train_group(
     )  # fmt: skip
     checkpoints.close()
     origin = {"base": backbone.fingerprint, "rank": e.rank, "alpha": e.alpha, "steps": total}
-    done = {s: {**state.params[s], "scale": x["scale"]} for s, x in experts.items()}
+    done = with_trained(experts, state.params)
     return {n: TaskVector(v.sites, {**origin, "objective": n}) for n, v in zip(names, unstack(done), strict=True)}
+
+
+def total_steps(train: TrainConfig, batches: TrainingBatches) -> int:
+    """Steps of a stage: ``train.steps``, or ``train.epochs`` of the largest objective (the others repeat)."""
+    if train.steps is not None:
+        return train.steps
+    total = max(1, round(train.epochs * batches.steps_per_epoch))
+    seen = {name: total / order.batches_per_epoch for name, order in batches.orders.items()}
+    if max(seen.values()) > 1.5 * min(seen.values()):
+        log.warning("train.epochs: %s", ", ".join(f"{name} is seen {times:.1f} times" for name, times in seen.items()))
+    return total
 
 
 def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector]) -> Router:
@@ -154,14 +172,10 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     run = RunFolder(config.out)
     run.open(backbone, config.model)
     run.begin("router", settings(config))
-    if run.done("experts") is None:  # they come from elsewhere; a run folder is self-contained
-        run.save_experts(vectors)
+    _own_experts(config, run, vectors)
     save_config(config, run.path / "config-router.yaml", "router")
     mocae = config.mocae_config()
-    if mocae.gamma_similarity == "uniform":
-        static = jnp.full((len(names),), 1.0 / len(names))
-    else:
-        static = gamma(vectors, similarity=mocae.gamma_similarity)
+    static = gamma(vectors, similarity=mocae.gamma_similarity)
     router = init_router(backbone.config, names, static, mocae, config.seed)
     experts = stack(list(vectors.values()))
     router = _train_router(config, backbone, run, rows.train, experts, router)
@@ -178,12 +192,24 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     return router
 
 
+def _own_experts(config: RunConfig, run: RunFolder, vectors: Mapping[str, TaskVector]) -> None:
+    """Copy experts that come from elsewhere into the run, so that it is self-contained."""
+    done, source = run.done("experts"), config.experts.source
+    if source is None:
+        return
+    if done is not None and done.get("source") != source:
+        raise UserError(f"{run.path}: holds experts of its own; remove experts.from, or choose another --out")
+    run.save_experts(vectors)
+    run.begin("experts", {})
+    run.finish("experts", names=list(vectors), source=source)
+
+
 def _train_router(
     config: RunConfig, backbone: Backbone, run: RunFolder, rows: dict[str, list[Encoded]], experts: Any, router: Router
 ) -> Router:
     train = config.train
     batches = TrainingBatches(rows, train.batch_size, _pad_id(backbone), config.seed + 1)
-    total = train.steps or max(1, round(train.epochs * batches.steps_per_epoch))
+    total = total_steps(train, batches)
     optimizer = make_optimizer(train, total, per_expert=False)
     update = router_step(backbone.config, optimizer, dtype=jnp.dtype(config.dtype), remat=train.remat)
     compiled = jax.jit(update, donate_argnums=0)

@@ -1,18 +1,20 @@
-"""The held-out evaluation of a run folder."""
+"""Everything that is evaluated of a run folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from trinityx_jax.api import open_run
 from trinityx_jax.config import load_config
 from trinityx_jax.errors import UserError
+from trinityx_jax.evaluation.answers import side_by_side
 from trinityx_jax.evaluation.heldout import evaluate
+from trinityx_jax.files import write_json
+from trinityx_jax.runs import open_run
 
 
 def evaluate_run(run: str | Path, out: str | Path | None = None) -> tuple[dict[str, Any], Path]:
-    """Evaluate a run's systems on the test rows its configuration names.
+    """Evaluate a run's systems on the test rows its configuration names, and answer some of their prompts.
 
     Returns:
         the results, and the path of ``results.json``.
@@ -27,6 +29,9 @@ def evaluate_run(run: str | Path, out: str | Path | None = None) -> tuple[dict[s
     if not found:
         raise UserError(f"{folder.path}: holds no configuration (config-experts.yaml)")
     before = (folder.done("router") or {}).get("temperature_before")
-    target = Path(out) if out else folder.path / "evaluation"
-    results = evaluate(load_config(found[0]), opened.backbone, opened.vectors, opened.router, target, before)
+    target, config = Path(out) if out else folder.path / "evaluation", load_config(found[0])
+    results = evaluate(config, opened.backbone, opened.vectors, opened.router, target, before)
+    if opened.router is not None:
+        answers = side_by_side(config, opened.backbone, opened.vectors, opened.router)
+        write_json(target / "answers.json", answers)
     return results, target / "results.json"
