@@ -132,6 +132,68 @@ def tiny_run(tiny_config: Path) -> Path:
     return tiny_config.parent / "run"
 
 
+FAMILIES = {  # tiny models of transformers; no number is the type's default, no window as long as a test's rows
+    "llama": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}, "head_dim": 12}),
+    "llama3": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 300.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.5,
+                "high_freq_factor": 3.0,
+                "original_max_position_embeddings": 20,
+            },
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 300.0, "factor": 3.0}}),
+    "mistral": ("Mistral", {"sliding_window": 7, "head_dim": 12}),
+    "gemma": ("Gemma", {"head_dim": 10, "attention_bias": True}),
+    "qwen2": ("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}),
+    "qwen2-windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def random_hf():
+    """(folder, family, **fields) -> a saved transformers model whose every parameter is far from its initial value."""
+
+    def make(folder, family: str, dtype: str = "float32", **fields):
+        import torch
+        import transformers
+
+        name, own = FAMILIES[family]
+        sizes = {
+            "vocab_size": 67, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 80,
+            "rms_norm_eps": 1e-3, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
+            "bos_token_id": 1, "eos_token_id": None, "pad_token_id": None,
+        }  # fmt: skip
+        config = getattr(transformers, f"{name}Config")(**sizes | own | fields)
+        model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+        draws = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                if "norm" in key:
+                    value.add_(0.3 * torch.randn(value.shape, generator=draws))
+                elif key.endswith("bias"):
+                    value.copy_(0.5 * torch.randn(value.shape, generator=draws))
+                else:  # small embeddings, so that the norms' epsilon counts
+                    spread = 0.1 if "embed" in key else value.shape[-1] ** -0.5
+                    value.copy_(spread * torch.randn(value.shape, generator=draws))
+        model = model.to(getattr(torch, dtype))
+        model.save_pretrained(folder)
+        return model
+
+    return make
+
+
 def _sample_texts() -> list[str]:
     import trinityx_jax
 

@@ -50,6 +50,7 @@ def make_backbone(tied: bool = True, dtype: str = "float32", **fields) -> Backbo
         max_position_embeddings=64,
         tie_embeddings=tied,
         attention_bias=not tied,
+        output_bias=not tied,
         mlp_bias=not tied,
         **fields,
     )

@@ -7,21 +7,35 @@ one, ``bias``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from trinityx_jax.backbone.attention import dot_product_attention
+from trinityx_jax.backbone.rope import RopeScaling, inverse_frequencies
 
 Weights = Mapping[str, jax.Array]
-ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu}
+# (name of the projection, its weights, input [...,in]) -> [...,out]
+Projection = Callable[[str, Weights, jax.Array], jax.Array]
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32; the scale applies in x's dtype."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32.
+
+    The scale applies in x's dtype; with an offset (Gemma's 1 + scale), in float32 before the cast.
+    """
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    if offset:
+        return (wide * (offset + scale.astype(jnp.float32))).astype(x.dtype)
     return wide.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -33,9 +47,11 @@ def linear(weights: Weights, x: jax.Array) -> jax.Array:
     return y
 
 
-def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary_tables(
+    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B,S,1,N/2] in float32 for token positions [B,S]."""
-    inverse = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    inverse = jnp.asarray(inverse_frequencies(head_dim, theta, scaling))
     angles = positions[..., None].astype(jnp.float32) * inverse
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
@@ -54,6 +70,7 @@ def attention(
     mask: jax.Array,
     head_dim: int,
     cached: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    project: Projection | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Grouped-query self-attention.
 
@@ -62,14 +79,16 @@ def attention(
         u: normed input [B,S,D].
         mask: [B,S,T], True where a query may look.
         cached: keys and values of earlier positions [B,T,K,N] and the slot where ours go.
+        project: computes a projection by its name; None is ``linear``.
 
     Returns:
         the output [B,S,D], and this call's keys and values [B,S,K,N].
     """
     batch, length, _ = u.shape
+    apply = project or (lambda _, w, x: linear(w, x))
 
     def heads(name: str) -> jax.Array:
-        return linear(weights[name], u).reshape(batch, length, -1, head_dim)
+        return apply(name, weights[name], u).reshape(batch, length, -1, head_dim)
 
     q, k, v = rotate(heads("q"), *rotary), rotate(heads("k"), *rotary), heads("v")
     keys, values = k, v
@@ -78,7 +97,7 @@ def attention(
         keys = jax.lax.dynamic_update_slice_in_dim(old_k, k.astype(old_k.dtype), slot, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(old_v, v.astype(old_v.dtype), slot, axis=1)
     out = dot_product_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
-    return linear(weights["o"], out.reshape(batch, length, -1)), (k, v)
+    return apply("o", weights["o"], out.reshape(batch, length, -1)), (k, v)
 
 
 def feed_forward(weights: Mapping[str, Weights], u: jax.Array, activation: str) -> jax.Array:

@@ -19,8 +19,11 @@ from trinityx_jax.backbone.cache import Cache
 from trinityx_jax.backbone.config import BackboneConfig
 
 Params = Mapping[str, Any]
+NO_WINDOW = 2**30  # positions; more than any sequence has
 # (mlp weights, residual h [B,S,D], normed u [B,S,D], this layer's inputs) -> (new residual, aux)
 FeedForward = Callable[[Mapping[str, Any], jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# (q | k | v | o, its weights, input [B,S,in], this layer's inputs, handed down) -> [B,S,out]
+AttentionLinear = Callable[[str, Mapping[str, jax.Array], jax.Array, Any, Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,32 +68,40 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """Declares ``scale`` [D]; returns it."""
+    """Declares ``scale`` [D]; returns it. It starts where offset + scale is 1."""
 
     size: int
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        init = nn.with_logical_partitioning(nn.initializers.constant(1.0 - self.offset), ("norm",))
         scale: Any = self.param("scale", init, (self.size,), jnp.float32)
         return scale
 
 
 class Block(nn.Module):
-    """One decoder layer. The carry is the residual stream h [B,S,D]."""
+    """One decoder layer.
+
+    The carry is the residual stream h [B,S,D] and what the layer before handed down (None for
+    nothing): where the first is given, the feed-forward's aux holds the next under ``handed``.
+    """
 
     config: BackboneConfig
     feed_forward: FeedForward
+    attention_linear: AttentionLinear | None = None
 
     @nn.compact
-    def __call__(self, h: jax.Array, layer: dict[str, Any], shared: dict[str, Any]) -> tuple[jax.Array, Any]:
-        c = self.config
+    def __call__(
+        self, carry: tuple[jax.Array, Any], layer: dict[str, Any], shared: dict[str, Any]
+    ) -> tuple[tuple[jax.Array, Any], Any]:
+        c, (h, handed) = self.config, carry
         d, f, n, wide = c.hidden_size, c.intermediate_size, c.num_kv_heads * c.head_dim, c.num_heads * c.head_dim
         attn = {
             "q": Linear((d, wide), ("embed", "heads"), c.attention_bias, name="q")(),
             "k": Linear((d, n), ("embed", "kv_heads"), c.attention_bias, name="k")(),
             "v": Linear((d, n), ("embed", "kv_heads"), c.attention_bias, name="v")(),
-            "o": Linear((wide, d), ("heads", "embed"), c.attention_bias, name="o")(),
+            "o": Linear((wide, d), ("heads", "embed"), c.output_bias, name="o")(),
         }
         mlp = {
             "gate": Linear((d, f), ("embed", "mlp"), c.mlp_bias, name="gate")(),
@@ -98,16 +109,25 @@ class Block(nn.Module):
             "down": Linear((f, d), ("mlp", "embed"), c.mlp_bias, name="down")(),
         }
         with jax.named_scope("attention"):
-            u = layers.rms_norm(h, Norm(d, name="attn_norm")(), c.rms_norm_eps)
+            u = layers.rms_norm(h, Norm(d, c.norm_offset, name="attn_norm")(), c.rms_norm_eps, c.norm_offset)
             cached = None
             if "cache" in layer:
                 cached = (*layer["cache"], shared["slot"])
-            y, new = layers.attention(attn, u, shared["rotary"], shared["mask"], c.head_dim, cached)
+            mask = shared["mask"]
+            if "window" in layer:
+                mask = mask & (shared["distance"] < layer["window"])
+            project = None
+            if (outer := self.attention_linear) is not None:
+                project = lambda name, w, x: outer(name, w, x, layer.get("inputs"), handed)  # noqa: E731
+            y, new = layers.attention(attn, u, shared["rotary"], mask, c.head_dim, cached, project)
             h = h + y
         with jax.named_scope("feed_forward"):
-            u = layers.rms_norm(h, Norm(d, name="mlp_norm")(), c.rms_norm_eps)
+            u = layers.rms_norm(h, Norm(d, c.norm_offset, name="mlp_norm")(), c.rms_norm_eps, c.norm_offset)
             h, aux = self.feed_forward(mlp, h, u, layer.get("inputs"))
-        return h, {"kv": new if "cache" in layer else None, "aux": aux}
+        if handed is not None:
+            aux = dict(aux)
+            handed = aux.pop("handed")
+        return (h, handed), {"kv": new if "cache" in layer else None, "aux": aux}
 
 
 class Decoder(nn.Module):
@@ -117,6 +137,7 @@ class Decoder(nn.Module):
     feed_forward: FeedForward
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    attention_linear: AttentionLinear | None = None
 
     @nn.compact
     def __call__(
@@ -125,12 +146,15 @@ class Decoder(nn.Module):
         mask: jax.Array,  # [B,S]
         inputs: Any = None,  # pytree of [L,...], one slice a layer for the feed-forward
         cache: Cache | None = None,
+        handed: Any = None,  # what the first layer is handed down (see Block)
     ) -> tuple[jax.Array, Any, Cache | None]:
         c = self.config
         table = _Embedding((c.vocab_size, c.hidden_size), name="embed")()
         if not c.tie_embeddings:
             Linear((c.hidden_size, c.vocab_size), ("embed", "vocab"), name="lm_head")()
         h = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        if c.scale_embedding:  # the factor is rounded to the dtype, as the model was trained
+            h = h * jnp.asarray(c.hidden_size**0.5, self.dtype)
         shared, layer = _attention_inputs(c, mask, cache)
         layer["inputs"] = inputs
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
@@ -142,8 +166,8 @@ class Decoder(nn.Module):
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        h, out = scanned(c, self.feed_forward, name="blocks")(h, layer, shared)
-        h = layers.rms_norm(h, Norm(c.hidden_size, name="norm")(), c.rms_norm_eps)
+        (h, _), out = scanned(c, self.feed_forward, self.attention_linear, name="blocks")((h, handed), layer, shared)
+        h = layers.rms_norm(h, Norm(c.hidden_size, c.norm_offset, name="norm")(), c.rms_norm_eps, c.norm_offset)
         if cache is not None:
             keys, values = out["kv"]
             cache = cache.extended(keys, values, mask)
@@ -174,9 +198,14 @@ def _attention_inputs(config: BackboneConfig, mask: jax.Array, cache: Cache | No
     position = jax.lax.dynamic_slice_in_dim(position, before, length, axis=1)
     query, key = before + jnp.arange(length), jnp.arange(seen.shape[1])
     allowed = seen[:, None, :] & (key[None, :] <= query[:, None])[None]
-    rotary = layers.rotary_tables(position, config.head_dim, config.rope_theta)
+    rotary = layers.rotary_tables(position, config.head_dim, config.rope_theta, config.rope_scaling)
     shared = {"rotary": rotary, "mask": allowed, "slot": before}
-    return shared, {} if cache is None else {"cache": (cache.keys, cache.values)}
+    layer: dict[str, Any] = {} if cache is None else {"cache": (cache.keys, cache.values)}
+    if config.sliding_window is not None:
+        windows = [config.layer_window(i) or NO_WINDOW for i in range(config.num_layers)]
+        layer["window"] = jnp.asarray(windows, jnp.int32)
+        shared["distance"] = query[:, None] - key[None, :]
+    return shared, layer
 
 
 def unembed(params: Params, config: BackboneConfig, hidden: jax.Array) -> jax.Array:
