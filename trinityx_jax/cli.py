@@ -34,7 +34,7 @@ def quickstart(out: str = "runs/quickstart", model: str | None = None, steps: in
 
     Args:
         out: run folder.
-        model: Hugging Face LLaMA folder, hub id or .gguf; by default SmolLM2-135M-Instruct.
+        model: Hugging Face folder, hub id or .gguf; by default SmolLM2-135M-Instruct.
         steps: training steps of each stage; by default what fits ten minutes on two cores.
     """
     from trinityx_jax.evaluation.report import closing_table
@@ -59,18 +59,27 @@ def quickstart(out: str = "runs/quickstart", model: str | None = None, steps: in
     return NO if failed else OK
 
 
-def convert(src: Positional[str], out: Positional[str], dtype: Literal["float32", "bfloat16"] | None = None) -> int:
-    """Write a Hugging Face folder, hub id or .gguf as an Orbax checkpoint.
+def convert(
+    src: Positional[str],
+    out: Positional[str],
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    weights_only: bool = False,
+) -> int:
+    """Write a Hugging Face folder, hub id or .gguf as an Orbax checkpoint, in small memory.
 
     Args:
-        src: Hugging Face LLaMA folder, hub id or .gguf.
+        src: Hugging Face folder (llama, mistral, gemma, qwen2), hub id or .gguf.
         out: folder to write.
         dtype: of the parameters; by default as stored, float32 from .gguf.
+        weights_only: read pickles (.bin, .pt) by torch's reader for weights; they are refused otherwise.
     """
     from trinityx_jax.convert import load
 
-    backbone = load.convert(src, out, dtype)
-    print(f"wrote {out}: {backbone.config.num_layers} layers, fingerprint {backbone.fingerprint[:12]}")
+    written = load.convert(src, out, dtype, weights_only=weights_only)
+    print(
+        f"wrote {out}: {written.config.family}, {written.config.num_layers} layers, {written.dtype(None)}, "
+        f"fingerprint {written.fingerprint[:12]}"
+    )
     return OK
 
 

@@ -5,29 +5,42 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from trinityx_jax.backbone.config import BackboneConfig
 from trinityx_jax.backbone.model import Params
 
-_BOOKKEEPING = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
+_BOOKKEEPING = {"family", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
 SAMPLES = 4096  # values per leaf; a fine-tune moves nearly all of them
 
 
 def fingerprint(config: BackboneConfig, params: Params) -> str:
     """SHA-256 of what is computed: the geometry, and evenly spaced values of every leaf, rounded to bfloat16."""
-    geometry = {k: v for k, v in dataclasses.asdict(config).items() if k not in _BOOKKEEPING}
-    digest = hashlib.sha256(json.dumps(geometry, sort_keys=True).encode())
+    values = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        digest.update(jax.tree_util.keystr(path).encode())
-        last = leaf.shape[-1]
-        rows = leaf.size // last
-        step = max(1, leaf.size // SAMPLES)
-        flat = np.arange(0, leaf.size, step)
-        index = np.unravel_index(flat // last, leaf.shape[:-1]) if rows > 1 else ()
-        values = leaf[(*index, flat % last)] if rows > 1 else leaf.reshape(-1)[flat]
-        digest.update(np.asarray(jnp.asarray(values).astype(jnp.bfloat16)).tobytes())
-    return digest.hexdigest()
+        index = np.unravel_index(positions(leaf.shape), leaf.shape)
+        values[tuple(key.key for key in path)] = np.asarray(leaf[tuple(index)])
+    return digest(config, values)
+
+
+def positions(shape: tuple[int, ...]) -> np.ndarray:
+    """Flat indices of the values of a leaf that its fingerprint is made of."""
+    size = int(np.prod(shape))
+    return np.arange(0, size, max(1, size // SAMPLES))
+
+
+def digest(config: BackboneConfig, values: Mapping[tuple[str, ...], np.ndarray]) -> str:
+    """The fingerprint from every leaf's values at ``positions``."""
+    fields = dataclasses.fields(config)
+    geometry = {f.name: getattr(config, f.name) for f in fields if f.name not in _BOOKKEEPING}
+    # a field at its default is left out, so that one that comes later changes no fingerprint
+    geometry = {f.name: geometry[f.name] for f in fields if f.name in geometry and geometry[f.name] != f.default}
+    out = hashlib.sha256(json.dumps(geometry, sort_keys=True, default=dataclasses.asdict).encode())
+    for path in sorted(values):
+        out.update("/".join(path).encode())
+        out.update(values[path].astype(ml_dtypes.bfloat16).tobytes())
+    return out.hexdigest()

