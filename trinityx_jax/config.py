@@ -34,7 +34,7 @@ class ExpertsConfig(_Section):
     rank: int = Field(default=64, ge=1)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    sites: list[Literal["gate", "up", "down"]] = ["gate", "up", "down"]
+    sites: list[Literal["gate", "up", "down", "q", "k", "v", "o"]] = ["gate", "up", "down"]
 
 
 class DataConfig(_Section):

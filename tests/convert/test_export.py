@@ -328,7 +328,7 @@ def test_bfloat16_keeps_the_router_in_float32(tmp_path, modules_cache):
 def test_shards(tmp_path, modules_cache, monkeypatch):
     backbone = make_backbone(tied=False)
     vectors, router = make_vectors(backbone.config), make_router(backbone.config, MoCaEConfig())
-    monkeypatch.setattr(export, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr("trinityx_jax.convert.shards.SHARD_BYTES", 60_000)
     out = export.export_mocae(backbone, vectors, router, tmp_path / "out")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in out.glob("*.safetensors"))
@@ -354,7 +354,7 @@ def test_folder_is_complete(tmp_path):
     router = make_router(backbone.config, MoCaEConfig(top_k=2))
     out = export.export_mocae(backbone, make_vectors(backbone.config), router, tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
-    assert config["model_type"] == "trinityx" and config["dtype"] == "float32"
+    assert config["model_type"] == "trinityx_llama" and config["dtype"] == "float32"
     assert config["expert_ranks"] == {"gate": 4, "up": 4, "down": 5} and config["router_top_k"] == 2
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 1, "eos_token_id": [2, 7], "temperature": 0.6}
@@ -376,7 +376,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, kind):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    monkeypatch.setattr(export, "write_file" if kind == "peft" else "write_shards", full)
     backbone = make_backbone()
     vectors = make_vectors(backbone.config)
     with pytest.raises(UserError, match="No space left"):

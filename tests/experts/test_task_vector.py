@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from trinityx_jax.backbone import BackboneConfig
 from trinityx_jax.errors import UserError
-from trinityx_jax.experts import SITES, TaskVector, init_expert, merge, naive_sum, stack, unstack
+from trinityx_jax.experts import FEED_FORWARD, TaskVector, init_expert, merge, naive_sum, stack, unstack
 
 LAYERS, D, F = 2, 6, 10
 SHAPES = {"gate": (D, F), "up": (D, F), "down": (F, D)}
@@ -66,7 +66,7 @@ def dense(vector: TaskVector, site: str) -> np.ndarray:
 
 
 def flat(vector: TaskVector) -> np.ndarray:
-    return np.concatenate([dense(vector, site).ravel() for site in SITES])
+    return np.concatenate([dense(vector, site).ravel() for site in FEED_FORWARD])
 
 
 def vectors() -> st.SearchStrategy[TaskVector]:
@@ -173,7 +173,7 @@ def test_compress_is_the_best_approximation_of_its_rank(rank: int) -> None:
     total = X + Y
     small = total.compress(rank)
     assert all(r <= rank for r in small.ranks.values())
-    for site in SITES:
+    for site in FEED_FORWARD:
         u, s, vt = np.linalg.svd(dense(total, site), full_matrices=False)
         best = (u[..., :rank] * s[:, None, :rank]) @ vt[:, :rank]
         np.testing.assert_allclose(dense(small, site), best, atol=2e-5 * s.max())
@@ -218,10 +218,10 @@ def test_merge_equals_the_dense_sum_and_leaves_the_base_alone() -> None:
     params = PARAMS
     before = jax.tree.map(np.array, params)
     merged = merge(params, X + 0.5 * Y)
-    for site in SITES:
+    for site in FEED_FORWARD:
         expected = np.asarray(params["blocks"][site]["kernel"], np.float64) + dense(X, site) + 0.5 * dense(Y, site)
         np.testing.assert_allclose(merged["blocks"][site]["kernel"], expected, **CLOSE)
-    same = {**merged, "blocks": {**merged["blocks"], **{s: params["blocks"][s] for s in SITES}}}
+    same = {**merged, "blocks": {**merged["blocks"], **{s: params["blocks"][s] for s in FEED_FORWARD}}}
     assert jax.tree.all(jax.tree.map(np.array_equal, same, before))
     assert jax.tree.all(jax.tree.map(np.array_equal, params, before))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -258,7 +258,7 @@ def test_stack_pads_with_zeros_and_unstack_gives_the_same_deltas() -> None:
 
 
 def test_a_fresh_expert_depends_on_seed_and_name_and_starts_at_nothing() -> None:
-    def new(name: str, seed: int = 0, sites: tuple[str, ...] = SITES) -> TaskVector:
+    def new(name: str, seed: int = 0, sites: tuple[str, ...] = FEED_FORWARD) -> TaskVector:
         return init_expert(CONFIG, rank=4, alpha=8.0, sites=sites, seed=seed, name=name)
 
     one = new("helpful")
@@ -275,7 +275,7 @@ def test_a_fresh_expert_depends_on_seed_and_name_and_starts_at_nothing() -> None
     assert abs(float(jnp.std(big)) * F**0.5 - 1) < 0.05
     for bad in ({"rank": 0}, {"sites": ()}, {"sites": ("gate", "q")}):
         with pytest.raises(UserError):
-            init_expert(CONFIG, **{"rank": 2, "alpha": 1.0, "sites": SITES, "seed": 0, "name": "x", **bad})
+            init_expert(CONFIG, **{"rank": 2, "alpha": 1.0, "sites": FEED_FORWARD, "seed": 0, "name": "x", **bad})
 
 
 def test_a_vector_says_its_shapes_and_survives_copying() -> None:

@@ -16,7 +16,7 @@ import pytest
 import trinityx_jax as tx
 from trinityx_jax.backbone import Backbone, BackboneConfig
 from trinityx_jax.backbone.model import abstract_params
-from trinityx_jax.experts import SITES, TaskVector
+from trinityx_jax.experts import FEED_FORWARD, TaskVector
 from trinityx_jax.mocae import mixture as mixing
 from trinityx_jax.mocae.mixture import mixture, weight_mixture
 from trinityx_jax.mocae.router import preset
@@ -44,7 +44,7 @@ class Layer:
     alpha: jax.Array
 
 
-def make_layer(count: int, bias: bool = False, sites: tuple[str, ...] = SITES, seed: int = 0) -> Layer:
+def make_layer(count: int, bias: bool = False, sites: tuple[str, ...] = FEED_FORWARD, seed: int = 0) -> Layer:
     draw = np.random.default_rng(seed)
     mlp: dict[str, Any] = {s: {"kernel": normal(draw, shape, shape[0] ** -0.5)} for s, shape in SHAPES.items()}
     if bias:
@@ -103,7 +103,7 @@ def naive_gradients(layer: Layer, seen: np.ndarray, anchored: bool) -> tuple[Any
     by_factor = {s: {k: np.zeros_like(x[k]) for k in ("a", "b")} for s, x in experts.items()}
     by_u, by_alpha = np.zeros_like(u), np.zeros_like(alpha)
     for e in [*range(alpha.shape[-1]), *([None] if anchored else [])]:
-        kernel = {s: mlp[s]["kernel"] for s in SITES}
+        kernel = {s: mlp[s]["kernel"] for s in FEED_FORWARD}
         for s, x in experts.items() if e is not None else ():
             kernel[s] = kernel[s] + x["scale"][e] * (x["a"][e] @ x["b"][e])
         gate = u @ kernel["gate"] + mlp["gate"].get("bias", 0.0)
@@ -131,13 +131,13 @@ def naive_gradients(layer: Layer, seen: np.ndarray, anchored: bool) -> tuple[Any
 @pytest.mark.parametrize(
     ("count", "bias", "sites", "anchored"),
     [
-        (1, False, SITES, False),
-        (3, True, SITES, False),
-        (3, True, SITES, True),
+        (1, False, FEED_FORWARD, False),
+        (3, True, FEED_FORWARD, False),
+        (3, True, FEED_FORWARD, True),
         (3, True, ("gate", "up"), False),
         (3, True, ("gate", "up"), True),
         (3, False, ("down",), False),
-        (5, False, SITES, False),
+        (5, False, FEED_FORWARD, False),
     ],
 )
 def test_shared_mixture_equals_the_naive_one_forward_and_backward(
@@ -232,7 +232,7 @@ def reference_layer(layer: Layer, inputs: Any, mocae: Any) -> tuple[np.ndarray, 
         for place in np.ndindex(B, S):
             merged = {
                 s: {**mlp[s], "kernel": mlp[s]["kernel"] + np.einsum("e,e,eir,ero->io", alpha[place], *own(experts[s]))}
-                for s in SITES
+                for s in FEED_FORWARD
             }
             y[place] = naive_expert(merged, experts, u[place], None)
     else:
@@ -319,7 +319,7 @@ def test_mixing_weights_with_fixed_weights_is_task_arithmetic() -> None:
     layer = make_layer(3, bias=True)
     weights = jnp.asarray([0.5, -0.3, 1.2])
     mlp = wide(layer.mlp)
-    for site in SITES:
+    for site in FEED_FORWARD:
         mlp[site]["kernel"] += np.einsum("e,e,eir,ero->io", wide(weights), *own(wide(layer.experts[site])))
     found = weight_mixture(layer.mlp, layer.experts, layer.u, weights, "silu")
     near(found, naive_expert(mlp, {}, wide(layer.u), None), 2e-6)

@@ -16,7 +16,7 @@ import trinityx_jax as tx
 from trinityx_jax.backbone import Backbone, BackboneConfig
 from trinityx_jax.backbone.model import abstract_params
 from trinityx_jax.errors import UserError
-from trinityx_jax.experts import SITES, TaskVector, stack
+from trinityx_jax.experts import FEED_FORWARD, TaskVector, stack
 from trinityx_jax.mocae import MoCaEConfig, Router, hidden_states, init_router, losses, preset
 from trinityx_jax.mocae.router import CHOICES, PRESETS, logits, mixture_weights, per_layer, probabilities
 from trinityx_jax.training.step import router_loss, trained_router
@@ -95,7 +95,7 @@ def test_presets_are_the_ones_of_the_method() -> None:
         "temperature": 0.7, "top_k": None, "router_scope": "layer", "weight": "convex", "mixing": "outputs",
         "output": "prenorm", "dropout": 0.0, "gamma_similarity": "cosine", "entropy": "batch_diversity",
         "kl": "step", "lambda_entropy": 0.1, "lambda_kl": 0.01, "lambda_gate": 0.1, "train_gamma": False,
-        "train_norm": False,
+        "train_norm": False, "attention_deltas": None,
     }  # fmt: skip
     literal = {
         "router_scope": "shared", "weight": "product", "output": "layernorm", "gamma_similarity": "inner",
@@ -141,7 +141,7 @@ def make_vector(seed: int, size: float) -> TaskVector:
     draw = np.random.default_rng(seed)
     shared = np.random.default_rng(99)
     sites = {}
-    for site in SITES:
+    for site in FEED_FORWARD:
         size_in, size_out = (8, 12) if site != "down" else (12, 8)
         a = draw.normal(size=(2, size_in, 2)) + 0.2 * seed * shared.normal(size=(2, size_in, 2))
         b = draw.normal(size=(2, 2, size_out)) + 0.2 * seed * shared.normal(size=(2, 2, size_out))

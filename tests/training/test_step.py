@@ -19,7 +19,7 @@ from trinityx_jax.backbone.model import abstract_params
 from trinityx_jax.config import TrainConfig
 from trinityx_jax.data.batching import Batch, make_batch
 from trinityx_jax.data.templates import Encoded
-from trinityx_jax.experts import SITES, init_expert, stack, unstack
+from trinityx_jax.experts import FEED_FORWARD, init_expert, stack, unstack
 from trinityx_jax.mocae import Router, hidden_states, init_router, preset, token_routing
 from trinityx_jax.training import loss as loss_module
 from trinityx_jax.training.loss import mean_by_group, supervised_nll
@@ -62,11 +62,11 @@ BASE = draw_params(CONFIG)
 
 def new_experts(names: tuple[str, ...] = NAMES) -> Any:
     """Fresh experts whose B is not zero any more, each by its own name."""
-    experts = stack([init_expert(CONFIG, 2, 4.0, SITES, 0, n) for n in names])
+    experts = stack([init_expert(CONFIG, 2, 4.0, FEED_FORWARD, 0, n) for n in names])
     for site, leaf in experts.items():
         own = [np.random.default_rng([7, NAMES.index(n)]).normal(size=leaf["b"][:, 0].shape) for n in names]
         leaf["b"] = jnp.asarray(0.3 * np.stack(own, axis=1), jnp.float32)
-        assert site in SITES
+        assert site in FEED_FORWARD
     return experts
 
 
@@ -218,14 +218,14 @@ KEYS = jax.random.split(jax.random.key(0), 3)
 def test_stage_1_trains_a_and_b_of_every_expert_and_nothing_else(step: Any) -> None:
     experts, before = new_experts(), jax.tree.map(np.array, BASE)
     state = start(trained_experts(experts), make_optimizer(TRAIN, 10, True))
-    leaves = {f"['{s}']['{k}']" for s in SITES for k in ("a", "b")}
+    leaves = {f"['{s}']['{k}']" for s in FEED_FORWARD for k in ("a", "b")}
     assert paths(state.params) == leaves
     assert all(paths(m) == leaves for m in moments(state.opt_state))
     after, metrics = step(state, BASE, experts, KEYS, BATCH)
     assert same(BASE, before)
     assert int(after.step) == 1
     assert metrics["loss"].shape == metrics["grad_norm"].shape == (3,)
-    for site in SITES:
+    for site in FEED_FORWARD:
         for k in ("a", "b"):
             moved = np.any(np.asarray(after.params[site][k] != experts[site][k]), axis=(2, 3))
             assert moved.all()  # in every layer, for every expert
@@ -236,10 +236,10 @@ def test_stage_1_trains_a_and_b_of_every_expert_and_nothing_else(step: Any) -> N
 
 
 def test_a_fresh_expert_learns_b_first(step: Any) -> None:
-    experts = stack([init_expert(CONFIG, 2, 4.0, SITES, 0, n) for n in NAMES])
+    experts = stack([init_expert(CONFIG, 2, 4.0, FEED_FORWARD, 0, n) for n in NAMES])
     state = start(trained_experts(experts), make_optimizer(TRAIN, 10, True))
     after, _ = step(state, BASE, experts, KEYS, BATCH)
-    for site in SITES:
+    for site in FEED_FORWARD:
         np.testing.assert_array_equal(after.params[site]["a"], experts[site]["a"])
         assert np.all(np.any(np.asarray(after.params[site]["b"]) != 0, axis=(2, 3)))
 
@@ -261,7 +261,7 @@ def test_an_expert_trained_among_others_is_the_one_trained_alone(step: Any) -> N
     alone = jax.jit(expert_step(CONFIG, make_optimizer(TRAIN, 10, True), dtype=jnp.float32, dropout=0.0, remat=False))
     for e in range(3):
         (single,) = train(slice(e, e + 1), alone)
-        for site in SITES:
+        for site in FEED_FORWARD:
             for k in ("a", "b"):
                 near(together[e].sites[site][k], single.sites[site][k], 1e-5)
                 assert np.max(np.abs(single.sites[site][k] - begun[e].sites[site][k])) > 1e-3

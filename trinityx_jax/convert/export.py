@@ -1,13 +1,12 @@
-"""Models out: PEFT adapters, and the routed mixture as a Hugging Face folder. Needs no torch."""
+"""Models out, tensor by tensor: PEFT adapters, a plain merged model, the routed mixture. Needs no torch."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
+import functools
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,38 @@ import jax
 import numpy as np
 
 from trinityx_jax.backbone import Backbone, BackboneConfig
-from trinityx_jax.convert import hf
+from trinityx_jax.convert import cards, hf
+from trinityx_jax.convert.cards import Facts
 from trinityx_jax.convert.fetch import HUB_ID, SMOLLM2
+from trinityx_jax.convert.peft import CONFIG, WEIGHTS, peft_settings, peft_tensors
+from trinityx_jax.convert.shards import write_file, write_shards
+from trinityx_jax.convert.source import Source, source_of
+from trinityx_jax.convert.tensors import Stored
 from trinityx_jax.errors import UserError
-from trinityx_jax.experts import TaskVector, stack
-from trinityx_jax.experts.lora import site_shape
+from trinityx_jax.experts import ATTENTION, FEED_FORWARD, TaskVector, stack
+from trinityx_jax.experts.lora import check_fits
 from trinityx_jax.files import atomic_dir, write_json, write_text
 from trinityx_jax.mocae import Router
+from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.router import per_layer
 
-SHARD_BYTES = 5_000_000_000
 MODELING = "modeling_trinityx.py"
+MERGED = "trinityx_merge.json"  # what was merged; marks the folder as ours
 
 
-def export_peft(vectors: Mapping[str, TaskVector], backbone: Backbone, out: Path, base_model: str) -> list[Path]:
+def export_peft(
+    vectors: Mapping[str, TaskVector],
+    backbone: Backbone | Source,
+    out: Path,
+    base_model: str,
+    facts: Facts | None = None,
+    repo: str | None = None,
+) -> list[Path]:
     """One PEFT LoRA adapter per expert, in ``out/NAME``.
 
     Args:
         base_model: hub id or path that the adapters name as their base.
+        facts: what the cards say beyond that; ``repo``: hub id that they name, with a card for the whole.
 
     Returns:
         the adapters' folders, in the mapping's order.
@@ -41,51 +54,121 @@ def export_peft(vectors: Mapping[str, TaskVector], backbone: Backbone, out: Path
         UserError: a name is no folder name, a vector does not fit the base, a folder to be replaced
             holds something else, or the place cannot be written.
     """
-    out = Path(out)
+    out, base = Path(out), _source(backbone)
     base_model = HUB_ID if base_model == SMOLLM2 else base_model  # a name that peft can resolve
-    _check_vectors(vectors, backbone.config)
+    facts = facts or Facts(base_model, base.extras.get("license"))
+    _check_vectors(vectors, base.config)
     folders = [out / name for name in vectors]
     for folder in folders:
-        _check_replaceable(folder, "adapter_config.json")
+        _check_replaceable(folder, CONFIG)
     with contextlib.ExitStack() as stack:  # all are complete before the first gets its name
         for folder, (name, vector) in zip(folders, vectors.items(), strict=True):
-            scale = _uniform_scale(vector)
+            settings, fold = peft_settings(vector, base_model)
             staging = stack.enter_context(atomic_dir(folder))
-            _save(staging / "adapter_model.safetensors", dict(_peft_tensors(vector, fold=scale is None)))
-            write_json(staging / "adapter_config.json", _peft_config(vector, scale, base_model))
-            write_text(staging / "README.md", _adapter_card(name, vector, backbone, base_model))
+            write_file(staging / WEIGHTS, {key: _held(value) for key, value in peft_tensors(vector, fold)})
+            write_json(staging / CONFIG, settings)
+            write_text(staging / "README.md", cards.adapter_card(name, vector, facts, repo))
+    if repo is not None:
+        write_text(out / "README.md", cards.adapters_card(vectors, facts, repo))
     return folders
 
 
-def export_mocae(backbone: Backbone, vectors: Mapping[str, TaskVector], router: Router, out: Path) -> Path:
+def export_merged(
+    backbone: Backbone | Source,
+    vectors: Mapping[str, TaskVector],
+    weights: Mapping[str, float],
+    out: Path,
+    *,
+    dtype: str | None = None,
+    facts: Facts | None = None,
+    name: str | None = None,
+) -> Path:
+    """theta_0 + sum_i w_i T_i as a plain checkpoint of the base's family, which needs no code of ours.
+
+    Args:
+        weights: by expert; others do not take part. The sum is made in float32, layer by layer.
+        dtype: of what is written; None is the base's.
+        name: what the card calls it (a hub id); None is the folder's name.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: a weight names no expert, a vector does not fit the base, or the place cannot be written.
+    """
+    out, base = Path(out), _source(backbone)
+    for expert in weights:
+        if expert not in vectors:
+            raise UserError(f"export: there is no expert {expert!r} (experts: {', '.join(vectors)})")
+    chosen = {expert: vectors[expert] for expert in weights}
+    _check_vectors(chosen, base.config)
+    _check_replaceable(out, MERGED)
+    kind = base.dtype(dtype)
+    facts = facts or Facts(str(base.extras.get("source", base.where)), base.extras.get("license"))
+    factors = [(weight, _numpy_sites(chosen[expert])) for expert, weight in weights.items()]
+    tensors = {
+        hf_name: Stored(place.shape, kind, functools.partial(_merged, base, hf_name, place, factors, kind))
+        for hf_name, place in base.places.items()
+    }
+    with atomic_dir(out) as staging:
+        write_shards(staging, tensors)
+        write_json(staging / "config.json", base.config.to_hf() | {"dtype": str(kind)})
+        _write_companions(staging, base)
+        write_json(staging / MERGED, {"base": facts.base, "weights": dict(weights), "dtype": str(kind)})
+        write_text(staging / "README.md", cards.merged_card(name or out.name, weights, facts, str(kind)))
+    return out
+
+
+def export_mocae(
+    backbone: Backbone | Source,
+    vectors: Mapping[str, TaskVector],
+    router: Router,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    facts: Facts | None = None,
+    name: str | None = None,
+) -> Path:
     """Base, experts and router as one folder for ``AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)``.
 
     Returns:
         ``out``.
 
     Raises:
-        UserError: the router's experts are not the vectors, one of them does not fit the base, a
-            folder to be replaced holds something else, or the place cannot be written.
+        UserError: the router's experts are not the vectors, one of them does not fit the base, its
+            attention deltas cannot be exported, a folder to be replaced holds something else, or the place
+            cannot be written.
     """
-    out = Path(out)
-    _check_vectors(vectors, backbone.config)
-    _check_router(router, vectors, backbone.config)
+    out, base = Path(out), _source(backbone)
+    _check_vectors(vectors, base.config)
+    _check_router(router, vectors, base.config)
     _check_replaceable(out, MODELING)
-    ordered = {name: vectors[name] for name in router.names}
+    ordered = {expert: vectors[expert] for expert in router.names}
+    attention = _attention(router, ordered)
+    ordered = {n: TaskVector({s: v.sites[s] for s in FEED_FORWARD if s in v.sites}) for n, v in ordered.items()}
+    kind = base.dtype(dtype)
+    facts = facts or Facts(str(base.extras.get("source", base.where)), base.extras.get("license"))
+    tensors = {
+        hf_name: Stored(place.shape, kind, functools.partial(_merged, base, hf_name, place, attention, kind))
+        for hf_name, place in base.places.items()
+    }
+    layers = base.config.num_layers
+    extra = _expert_tensors(ordered, layers) | _router_tensors(router, layers)
     with atomic_dir(out) as staging:
-        tensors = itertools.chain(
-            hf.disassemble(backbone.config, backbone.params),
-            _expert_tensors(ordered, backbone.config.num_layers),
-            _router_tensors(router, backbone.config.num_layers),
-        )
-        _write_shards(staging, tensors)
-        write_json(staging / "config.json", _mocae_config(backbone, ordered, router))
-        write_json(staging / "generation_config.json", _generation_config(backbone))
-        if backbone.tokenizer is not None:
-            backbone.tokenizer.save_pretrained(staging)
+        write_shards(staging, tensors | {key: _held(value) for key, value in extra.items()})
+        write_json(staging / "config.json", _mocae_config(base.config, ordered, router, str(kind)))
+        _write_companions(staging, base)
         shutil.copyfile(Path(__file__).parent / "mocae_hf" / MODELING, staging / MODELING)
-        write_text(staging / "README.md", _mocae_card(out.name, backbone, ordered, router))
+        write_text(staging / "README.md", cards.mocae_card(name or out.name, ordered, router, facts, str(kind)))
     return out
+
+
+def _source(base: Backbone | Source) -> Source:
+    return source_of(base) if isinstance(base, Backbone) else base
+
+
+def _held(value: np.ndarray) -> Stored:
+    return Stored(value.shape, value.dtype, lambda: value)
 
 
 def _check_vectors(vectors: Mapping[str, TaskVector], config: BackboneConfig) -> None:
@@ -94,17 +177,7 @@ def _check_vectors(vectors: Mapping[str, TaskVector], config: BackboneConfig) ->
     for name, vector in vectors.items():
         if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name in (".", ".."):
             raise UserError(f"export: expert name {name!r} is not a folder name (letters, digits, '.', '_' and '-')")
-        if not vector.sites:
-            raise UserError(f"export: expert {name!r} has no sites")
-        for site, leaf in vector.sites.items():
-            size_in, size_out = site_shape(config, site)
-            rank, layers = leaf["a"].shape[-1], config.num_layers
-            wanted = {"a": (layers, size_in, rank), "b": (layers, rank, size_out), "scale": (layers,)}
-            for key, shape in wanted.items():
-                if leaf[key].shape != shape:
-                    raise UserError(
-                        f"export: expert {name!r}: {site}.{key} is {leaf[key].shape}, the base needs {shape}"
-                    )
+        check_fits(vector, config, f"export: expert {name!r}")
 
 
 def _check_router(router: Router, vectors: Mapping[str, TaskVector], config: BackboneConfig) -> None:
@@ -121,129 +194,86 @@ def _check_replaceable(folder: Path, marker: str) -> None:
         raise UserError(f"{folder}: holds other files, an export replaces the whole folder; choose a new one")
 
 
-def _uniform_scale(vector: TaskVector) -> float | None:
-    """The scale of all layers and sites where it is one non-zero number."""
-    scales = np.unique(np.concatenate([np.asarray(leaf["scale"], np.float32) for leaf in vector.sites.values()]))
-    return float(scales[0]) if len(scales) == 1 and scales[0] != 0 else None
+def _numpy_sites(vector: TaskVector) -> dict[str, dict[str, np.ndarray]]:
+    return {s: {k: np.asarray(x, np.float32) for k, x in site.items()} for s, site in vector.sites.items()}
 
 
-def _alpha(scale: float | None, rank: int) -> float:
-    """lora_alpha with alpha / rank == scale; an integer where that is exact in float32 (1 where scale is folded)."""
-    alpha = (1.0 if scale is None else scale) * rank
-    whole = round(alpha)
-    return whole if np.float32(whole / rank) == np.float32(alpha / rank) else alpha
+def _attention(router: Router, vectors: Mapping[str, TaskVector]) -> list[tuple[float, dict]]:
+    """What is added to the attention's weights: (weight, sites) per expert (METHOD 1, ``attention_deltas``)."""
+    held = [{s: v.sites[s] for s in ATTENTION if s in v.sites} for v in vectors.values()]
+    check_policy(router.config, {site: None for sites in held for site in sites})
+    if not any(held) or router.config.attention_deltas == "drop":
+        return []
+    if router.config.attention_deltas == "route":
+        raise UserError(
+            "export: attention deltas that are routed (mocae.attention_deltas: route) cannot be exported; "
+            "use drop or merge"
+        )
+    gamma = np.asarray(router.gamma, np.float32).tolist()
+    return [(weight, _numpy_sites(TaskVector(sites))) for weight, sites in zip(gamma, held, strict=True)]
 
 
-def _peft_tensors(vector: TaskVector, fold: bool) -> Iterator[tuple[str, np.ndarray]]:
-    for site, leaf in vector.sites.items():
-        a, b = np.asarray(leaf["a"], np.float32), np.asarray(leaf["b"], np.float32)
-        if fold:
-            b = b * np.asarray(leaf["scale"], np.float32)[:, None, None]
-        for layer in range(a.shape[0]):
-            stem = f"base_model.model.model.layers.{layer}.mlp.{site}_proj"
-            yield f"{stem}.lora_A.weight", a[layer].T
-            yield f"{stem}.lora_B.weight", b[layer].T
+def _merged(
+    base: Source, name: str, place: hf.Place, factors: list[tuple[float, dict]], dtype: np.dtype
+) -> np.ndarray:
+    """One tensor of the base in Hugging Face's layout, with the deltas that fall on it."""
+    site = place.path[1] if place.path[0] == "blocks" and place.path[-1] == "kernel" else None
+    deltas = [(weight, sites[site]) for weight, sites in factors if site in sites]
+    value = base.read(name)
+    if not deltas:
+        return value.astype(dtype, copy=False)
+    total = value.astype(np.float32)
+    for weight, leaf in deltas:
+        scale = np.float32(weight) * leaf["scale"][place.layer]
+        total = total + scale * (leaf["a"][place.layer] @ leaf["b"][place.layer]).T
+    return total.astype(dtype)
 
 
-def _peft_config(vector: TaskVector, scale: float | None, base_model: str) -> dict[str, Any]:
-    rank = max(vector.ranks.values())
-    others = {f"{site}_proj": r for site, r in vector.ranks.items() if r != rank}
+def _expert_tensors(vectors: Mapping[str, TaskVector], layers: int) -> dict[str, np.ndarray]:
+    """Per layer and site a [E,in,R], b [E,R,out], scale [E]; unequal ranks are padded with zeros."""
+    stacked = jax.tree.map(lambda x: np.asarray(x, np.float32), stack(list(vectors.values())))
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": rank,
-        "lora_alpha": _alpha(scale, rank),
-        "rank_pattern": others,
-        "alpha_pattern": {module: _alpha(scale, r) for module, r in others.items()},
-        "target_modules": [f"{site}_proj" for site in vector.sites],
-        "modules_to_save": None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "lora_dropout": 0.0,
-        "init_lora_weights": True,
-        "inference_mode": True,
+        f"model.layers.{layer}.mlp.experts.{site}.{key}": value[layer]
+        for layer in range(layers)
+        for site, leaf in stacked.items()
+        for key, value in leaf.items()
     }
 
 
-def _expert_tensors(vectors: Mapping[str, TaskVector], layers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Per layer and site a [E,in,R], b [E,R,out], scale [E]; unequal ranks are padded with zeros."""
-    stacked = stack(list(vectors.values()))
-    for layer in range(layers):
-        for site, leaf in stacked.items():
-            for key, value in leaf.items():
-                yield f"model.layers.{layer}.mlp.experts.{site}.{key}", np.asarray(value[layer], np.float32)
-
-
-def _router_tensors(router: Router, layers: int) -> Iterator[tuple[str, np.ndarray]]:
+def _router_tensors(router: Router, layers: int) -> dict[str, np.ndarray]:
     """The router of every layer: a shared one repeats, one temperature serves all experts."""
     tree = jax.tree.map(lambda x: np.asarray(x, np.float32), per_layer(router, layers))
     norm = {"scale": "mixture_norm.weight", "bias": "mixture_norm.bias", "gate": "mixture_gate"}
+    out = {}
     for layer in range(layers):
         stem = f"model.layers.{layer}.mlp"
-        yield f"{stem}.router.weight", tree["kernel"][layer].T
-        yield f"{stem}.router.bias", tree["bias"][layer]
-        yield f"{stem}.router.gamma", tree["gamma"][layer]
-        yield f"{stem}.router.temperature", np.broadcast_to(tree["temperature"][layer], (len(router.names),))
+        out[f"{stem}.router.weight"] = tree["kernel"][layer].T
+        out[f"{stem}.router.bias"] = tree["bias"][layer]
+        out[f"{stem}.router.gamma"] = tree["gamma"][layer]
+        out[f"{stem}.router.temperature"] = np.broadcast_to(tree["temperature"][layer], (len(router.names),))
         for key, value in tree["norm"].items():
-            yield f"{stem}.{norm[key]}", np.atleast_1d(value[layer])
+            out[f"{stem}.{norm[key]}"] = np.atleast_1d(value[layer])
+    return out
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """One ``model.safetensors``, or several with an index; at most one shard is in memory."""
-    shards: list[list[str]] = []
-    total = 0
-    for shard in _shards(tensors):
-        _save(folder / f"{len(shards)}.part", shard)
-        shards.append(list(shard))
-        total += sum(value.nbytes for value in shard.values())
-    if len(shards) == 1:
-        (folder / "0.part").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for index, names in enumerate(shards):
-        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{index}.part").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _shards(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    shard: dict[str, np.ndarray] = {}
-    size = 0
-    for name, value in tensors:
-        if shard and size + value.nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = value
-        size += value.nbytes
-    yield shard
-
-
-def _save(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    from safetensors.numpy import save_file
-
-    # the writer copies memory as it lies, so a transposed view would be saved scrambled
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, metadata={"format": "pt"})
-
-
-def _mocae_config(backbone: Backbone, vectors: Mapping[str, TaskVector], router: Router) -> dict[str, Any]:
+def _mocae_config(
+    config: BackboneConfig, vectors: Mapping[str, TaskVector], router: Router, dtype: str
+) -> dict[str, Any]:
     module, switches = MODELING.removesuffix(".py"), router.config
+    family = config.to_hf()["architectures"][0].removesuffix("ForCausalLM")
     ranks: dict[str, int] = {}
     for vector in vectors.values():
         for site, rank in vector.ranks.items():
             ranks[site] = max(rank, ranks.get(site, 0))
     return {
-        **backbone.config.to_hf(),
-        "model_type": "trinityx",
-        "architectures": ["TrinityXForCausalLM"],
+        **config.to_hf(),
+        "model_type": f"trinityx_{config.family}",
+        "architectures": [f"TrinityX{family}ForCausalLM"],
         "auto_map": {
-            "AutoConfig": f"{module}.TrinityXConfig",
-            "AutoModelForCausalLM": f"{module}.TrinityXForCausalLM",
+            "AutoConfig": f"{module}.TrinityX{family}Config",
+            "AutoModelForCausalLM": f"{module}.TrinityX{family}ForCausalLM",
         },
-        "dtype": _dtype(backbone),
+        "dtype": dtype,
         "expert_names": list(vectors),
         "expert_ranks": ranks,
         "router_scope": switches.router_scope,
@@ -255,86 +285,39 @@ def _mocae_config(backbone: Backbone, vectors: Mapping[str, TaskVector], router:
     }
 
 
-def _generation_config(backbone: Backbone) -> dict[str, Any]:
-    fields = backbone.config.to_hf()
+def _write_companions(folder: Path, base: Source) -> None:
+    """Generation config, tokenizer and chat template."""
+    fields = base.config.to_hf()
     tokens = {key: fields[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if fields[key] is not None}
-    return tokens | dict(backbone.extras.get("generation_config") or {})
+    write_json(folder / "generation_config.json", tokens | dict(base.extras.get("generation_config") or {}))
+    tokenizer = base.tokenizer()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
-def _dtype(backbone: Backbone) -> str:
-    return str(jax.tree.leaves(backbone.params)[0].dtype)
+def truncate(vectors: Mapping[str, TaskVector], rank: int) -> tuple[dict[str, TaskVector], dict[str, float]]:
+    """Vectors of at most the given rank, and what each one loses: the Frobenius norm of that over the whole's.
+
+    Raises:
+        UserError: the rank is below 1.
+    """
+    out, errors = {}, {}
+    for name, vector in vectors.items():
+        if max(vector.ranks.values()) <= rank:
+            out[name], errors[name] = vector, 0.0
+            continue
+        out[name] = vector.compress(rank)
+        kept, lost = 0.0, 0.0
+        for site in vector.sites.values():
+            values = _singular_values(site)
+            kept += float(np.sum(values[:, :rank] ** 2))
+            lost += float(np.sum(values[:, rank:] ** 2))
+        errors[name] = (lost / (kept + lost)) ** 0.5 if lost else 0.0
+    return out, errors
 
 
-def _front_matter(backbone: Backbone, **fields: Any) -> str:
-    licence = backbone.extras.get("license")
-    fields |= {"license": licence} if licence else {}
-    return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in fields.items()) + "---\n"
-
-
-def _licence(backbone: Backbone) -> str:
-    licence = backbone.extras.get("license")
-    return f"The base model's licence ({licence}) applies." if licence else "The base model's licence applies."
-
-
-def _adapter_card(name: str, vector: TaskVector, backbone: Backbone, base_model: str) -> str:
-    ranks = ", ".join(f"{site}_proj (rank {rank})" for site, rank in vector.ranks.items())
-    return f"""{_front_matter(backbone, base_model=base_model, library_name="peft", tags=["lora", "trinityx"])}
-# {name}
-
-A LoRA adapter: one TrinityX expert (task vector) on the feed-forward of the base model.
-
-- Base model: {base_model}
-- Objective: {vector.origin.get("objective", name)}
-- Adapted: {ranks}
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained({json.dumps(base_model)})
-model = PeftModel.from_pretrained(model, "{name}")  # this folder
-```
-
-## Licence
-
-{_licence(backbone)}
-"""
-
-
-def _mocae_card(name: str, backbone: Backbone, vectors: Mapping[str, TaskVector], router: Router) -> str:
-    base, switches = backbone.extras.get("source", "a LLaMA-family model"), router.config
-    gamma = np.asarray(router.gamma, np.float32)
-    rows = "\n".join(
-        f"| {expert} | {', '.join(f'{s} {r}' for s, r in vector.ranks.items())} | {weight:.4f} |"
-        for (expert, vector), weight in zip(vectors.items(), gamma, strict=True)
-    )
-    return f"""{_front_matter(backbone, library_name="transformers", pipeline_tag="text-generation", tags=["trinityx"])}
-# {name}
-
-A mixture of calibrated experts (TrinityX): low-rank experts on every feed-forward layer of a frozen base
-model, weighed per token and layer by a router.
-
-- Base model: {base}, {_dtype(backbone)}
-- Router: {switches.router_scope}, top-k {switches.top_k or "all"}
-- Mixture: {switches.weight} weights over {switches.mixing}, output {switches.output}
-
-| expert | rank per site | gamma |
-|---|---|---|
-{rows}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)  # this folder
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-inputs = tokenizer("How do I stay safe online?", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
-print(model(**inputs, output_routing=True).routing.shape)  # [batch, sequence, layers, experts]
-```
-
-`trust_remote_code` runs `{MODELING}` of this folder: read it first. It needs transformers 5 or later.
-
-## Licence
-
-{_licence(backbone)}
-"""
+def _singular_values(site: Mapping[str, Any]) -> np.ndarray:
+    """Of one site's delta, [L,R] in float64, from its factors."""
+    a, b = np.asarray(site["a"], np.float64), np.asarray(site["b"], np.float64)
+    core = np.linalg.qr(a, mode="r") @ np.linalg.qr(np.swapaxes(b, -1, -2), mode="r").swapaxes(-1, -2)
+    return np.abs(np.asarray(site["scale"], np.float64))[:, None] * np.linalg.svd(core, compute_uv=False)

@@ -1,4 +1,4 @@
-"""Low-rank deltas on the feed-forward's linear sites: declaration, stacking, application.
+"""Low-rank deltas on a layer's linear sites: declaration, stacking, application.
 
 Shapes: E experts, R rank, L layers; ``experts`` is {site: {"a": [L,E,in,R], "b": [L,E,R,out],
 "scale": [L,E]}}; inside a layer the L axis is gone.
@@ -18,19 +18,36 @@ from trinityx_jax.experts.task_vector import TaskVector, same_shape
 
 Site = Mapping[str, jax.Array]
 Experts = Mapping[str, Site]
-SITES = ("gate", "up", "down")
+FEED_FORWARD = ("gate", "up", "down")
+ATTENTION = ("q", "k", "v", "o")
+SITES = (*FEED_FORWARD, *ATTENTION)
 
 
 def site_shape(config: BackboneConfig, site: str) -> tuple[int, int]:
     """(in, out) of a linear site.
 
     Raises:
-        UserError: the site is not one of the feed-forward's.
+        UserError: there is no such site.
     """
     if site not in SITES:
         raise UserError(f"experts: site {site!r} is not one of {', '.join(SITES)}")
-    wide = (config.hidden_size, config.intermediate_size)
-    return wide if site != "down" else wide[::-1]
+    d, heads = config.hidden_size, config.num_heads if site in ("q", "o") else config.num_kv_heads
+    if site in FEED_FORWARD:
+        return (d, config.intermediate_size) if site != "down" else (config.intermediate_size, d)
+    return (d, heads * config.head_dim) if site != "o" else (heads * config.head_dim, d)
+
+
+def check_fits(vector: TaskVector, config: BackboneConfig, what: str) -> None:
+    """Raise UserError, beginning with ``what``, where a task vector has other shapes than the model's."""
+    if not vector.sites:
+        raise UserError(f"{what} has no sites")
+    for site, leaf in vector.sites.items():
+        size_in, size_out = site_shape(config, site)
+        rank, layers = leaf["a"].shape[-1], config.num_layers
+        wanted = {"a": (layers, size_in, rank), "b": (layers, rank, size_out), "scale": (layers,)}
+        for key, shape in wanted.items():
+            if leaf[key].shape != shape:
+                raise UserError(f"{what}: {site}.{key} is {leaf[key].shape}, the base needs {shape}")
 
 
 def init_expert(
@@ -67,13 +84,13 @@ def stack(vectors: Sequence[TaskVector]) -> dict[str, dict[str, jax.Array]]:
     """Experts side by side on an E axis; unequal ranks and missing sites are padded with zeros.
 
     Raises:
-        UserError: there is no expert; one has a site outside the feed-forward, or another model's shapes.
+        UserError: there is no expert; one has an unknown site, or another model's shapes.
     """
     if not vectors:
         raise UserError("experts: at least one is needed")
     foreign = sorted({site for v in vectors for site in v.sites} - set(SITES))
     if foreign:
-        raise UserError(f"experts: deltas at {', '.join(foreign)} (attention) have no place in the feed-forward")
+        raise UserError(f"experts: site {foreign[0]!r} is not one of {', '.join(SITES)}")
     out: dict[str, dict[str, jax.Array]] = {}
     for site in SITES:
         having = [v.sites[site] for v in vectors if site in v.sites]

@@ -103,7 +103,7 @@ def _delta(site: lora.Site | None, x: jax.Array) -> jax.Array | float:
 def routed_feed_forward(config: BackboneConfig, mocae: MoCaEConfig, deterministic: bool = True) -> FeedForward:
     """The MoCaE layer for the decoder; per-layer inputs are ``experts``, ``router`` and ``key``.
 
-    aux is {"pi": [B,S,E], "z": [B,S,E]} in float32.
+    aux is {"pi": [B,S,E], "z": [B,S,E]} in float32, and alpha as ``handed`` where attention deltas follow it.
     """
 
     def apply(mlp: Mlp, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -116,7 +116,8 @@ def routed_feed_forward(config: BackboneConfig, mocae: MoCaEConfig, deterministi
         else:
             y = mixture(mlp, layer["experts"], u, alpha, config.activation, mocae.weight == "anchored")
         key = None if deterministic or mocae.dropout == 0.0 else layer["key"]
-        return _output(mocae, h, y, r["norm"], key), {"pi": pi, "z": z}
+        aux = {"pi": pi, "z": z} | ({"handed": alpha} if mocae.attention_deltas == "route" else {})
+        return _output(mocae, h, y, r["norm"], key), aux
 
     return apply
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from trinityx_jax.backbone import BackboneConfig, Cache, Decoder, base_feed_forward
 from trinityx_jax.experts.lora import Experts
 from trinityx_jax.mocae import mixture
+from trinityx_jax.mocae.attention import check_policy, first_weights, routed_attention, split_sites, static_attention
 from trinityx_jax.mocae.router import Router, per_layer
 
 
@@ -38,21 +39,31 @@ def hidden_states(
         hidden states; routing {"pi", "z"} as [L,B,S,E] or None; the extended cache or None.
     """
     inputs: Any
+    project = handed = None
+    own, attention = split_sites(experts or {})
     if experts is None:
         function, inputs = base_feed_forward(config), None
     elif router is not None:
-        function = mixture.routed_feed_forward(config, router.config, deterministic=dropout is None)
-        inputs = {"experts": experts, "router": per_layer(router, config.num_layers)}
+        mocae = router.config
+        check_policy(mocae, attention)
+        function = mixture.routed_feed_forward(config, mocae, deterministic=dropout is None)
+        inputs = {"experts": own, "router": per_layer(router, config.num_layers)}
         if dropout is not None:
             inputs["key"] = jax.random.split(dropout, config.num_layers)
+        if attention and mocae.attention_deltas != "drop":
+            project, inputs["attention"] = routed_attention(mocae), attention
+        if mocae.attention_deltas == "route":
+            handed = first_weights(router, *tokens.shape)
     elif weights is not None:
         function = mixture.static_feed_forward(config)
         spread = jnp.broadcast_to(weights[None], (config.num_layers, *weights.shape))
-        inputs = {"experts": experts, "weights": spread}
+        inputs = {"experts": own, "weights": spread}
+        if attention:
+            project, inputs["attention"] = static_attention(), attention
     else:
         raise ValueError("experts need a router or weights")
-    decoder = Decoder(config, function, dtype, remat)
-    out: Any = decoder.apply({"params": base}, tokens, mask, inputs, cache)
+    decoder = Decoder(config, function, dtype, remat, project)
+    out: Any = decoder.apply({"params": base}, tokens, mask, inputs, cache, handed)
     return out
 
 

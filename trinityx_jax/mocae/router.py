@@ -23,6 +23,7 @@ CHOICES = {
     "gamma_similarity": ("cosine", "inner", "uniform"),
     "entropy": ("batch_diversity", "token_literal"),
     "kl": ("step", "ema"),
+    "attention_deltas": (None, "drop", "merge", "route"),
 }
 NORM_EPS = 1e-5
 
@@ -50,11 +51,13 @@ class MoCaEConfig:
     lambda_gate: float = 0.1
     train_gamma: bool = False
     train_norm: bool = False
+    attention_deltas: str | None = None  # of experts that hold some (METHOD 1); None raises
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise UserError(f"mocae.{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+                choices = ", ".join(str(choice) for choice in allowed if choice is not None)
+                raise UserError(f"mocae.{name}: {getattr(self, name)!r} is not one of {choices}")
         for name in ("temperature", "dropout", "lambda_entropy", "lambda_kl", "lambda_gate"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -14,6 +14,7 @@ import optax
 from trinityx_jax.backbone import BackboneConfig, Decoder
 from trinityx_jax.experts.lora import Experts
 from trinityx_jax.mocae import Router, hidden_states, losses, token_routing
+from trinityx_jax.mocae.attention import grouped_attention, split_sites
 from trinityx_jax.mocae.mixture import grouped_feed_forward
 from trinityx_jax.training.loss import mean_by_group, supervised_nll
 from trinityx_jax.training.optimizer import expert_norms
@@ -75,10 +76,12 @@ def expert_loss(
     """
     whole = with_trained(experts, trained)
     count = next(iter(whole.values()))["a"].shape[1]
-    inputs: dict[str, Any] = {"experts": whole}
+    own, attention = split_sites(whole)
+    inputs: dict[str, Any] = {"experts": own, "attention": attention}
     if keys is not None:
         inputs["keys"] = keys
-    decoder = Decoder(config, grouped_feed_forward(config, dropout), dtype, remat)
+    project = grouped_attention(dropout) if attention else None
+    decoder = Decoder(config, grouped_feed_forward(config, dropout), dtype, remat, project)
     hidden: Any = decoder.apply({"params": base}, batch["tokens"], batch["mask"], inputs)[0]
     nll = supervised_nll(base, config, hidden, batch["where"], batch["labels"])
     rows, length = batch["tokens"].shape

@@ -1,4 +1,6 @@
-"""TrinityX for Hugging Face transformers (>= 5): a LLaMA whose feed-forwards are mixtures of calibrated experts.
+"""TrinityX for Hugging Face transformers (>= 5): a decoder whose feed-forwards are mixtures of calibrated experts.
+
+The decoder is transformers' own LLaMA, Mistral, Gemma or Qwen2; the classes at the end put the mixture into each.
 
 Every expert is a low-rank delta on the feed-forward's linear sites, W^i = W + scale_i * a_i b_i. In each
 layer a router weighs the experts per token:
@@ -20,9 +22,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.gemma.configuration_gemma import GemmaConfig
+from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaForCausalLM, GemmaModel
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
 from transformers.utils import can_return_tuple
 
 SITES = ("gate", "up", "down")
@@ -35,8 +44,9 @@ CHOICES = {
 NORM_EPS = 1e-5
 
 
-class TrinityXConfig(LlamaConfig):
-    """LlamaConfig plus the experts and the readings of the mixture.
+@dataclass
+class TrinityXReadings:
+    """What a family's configuration has besides its own fields: the experts and the readings of the mixture.
 
     expert_names: in the order of the E axis.
     expert_ranks: {site: R} for the sites that hold deltas, of "gate", "up" and "down".
@@ -51,7 +61,6 @@ class TrinityXConfig(LlamaConfig):
         ValueError: a reading is not one of its choices, or the experts are not described.
     """
 
-    model_type = "trinityx"
     # The feed-forward is not split: the deltas need its full width.
     base_model_tp_plan = {  # noqa: RUF012 (transformers declares it so)
         "layers.*.self_attn.q_proj": "colwise",
@@ -108,7 +117,7 @@ class TrinityXSite(nn.Module):
 class TrinityXRouter(nn.Module):
     """One layer's router: weight [E,D], bias, gamma and temperature [E], all float32."""
 
-    def __init__(self, config: TrinityXConfig):
+    def __init__(self, config: TrinityXReadings):
         super().__init__()
         count = len(config.expert_names)
         self.top_k = config.router_top_k
@@ -129,12 +138,17 @@ class TrinityXRouter(nn.Module):
         return pi, alpha / alpha.sum(dim=-1, keepdim=True) if self.normalise else alpha
 
 
-class TrinityXFeedForward(LlamaMLP):
+class TrinityXFeedForward(nn.Module):
     """The mixture: the base's three projections, the experts' deltas, the router and the output reading."""
 
-    def __init__(self, config: TrinityXConfig):
-        super().__init__(config)
-        wide = (config.hidden_size, config.intermediate_size)
+    def __init__(self, config: TrinityXReadings):
+        super().__init__()
+        self.config = config
+        self.act_fn = ACT2FN[config.hidden_act]
+        wide, bias = (config.hidden_size, config.intermediate_size), getattr(config, "mlp_bias", False)
+        self.gate_proj = nn.Linear(*wide, bias=bias)
+        self.up_proj = nn.Linear(*wide, bias=bias)
+        self.down_proj = nn.Linear(*wide[::-1], bias=bias)
         self.experts = nn.ModuleDict()
         for site, rank in config.expert_ranks.items():
             size_in, size_out = wide[::-1] if site == "down" else wide
@@ -199,10 +213,10 @@ class TrinityXFeedForward(LlamaMLP):
         return h + F.dropout(correction.to(h.dtype), rate, self.training)
 
 
-class TrinityXDecoderLayer(LlamaDecoderLayer):
-    """A LLaMA layer with the mixture as its feed-forward."""
+class TrinityXLayer:
+    """Mixed into a family's decoder layer: the mixture is its feed-forward."""
 
-    def __init__(self, config: TrinityXConfig, layer_idx: int):
+    def __init__(self, config: TrinityXReadings, layer_idx: int):
         super().__init__(config, layer_idx)
         self.mlp = TrinityXFeedForward(config)
 
@@ -216,15 +230,12 @@ class TrinityXDecoderLayer(LlamaDecoderLayer):
         return hidden_states
 
 
-class TrinityXModel(LlamaModel):
-    """The decoder without its head."""
+class TrinityXDecoder:
+    """Mixed into a family's decoder without its head: the layers are ``layer_class``."""
 
-    config_class = TrinityXConfig
-    _no_split_modules = ["TrinityXDecoderLayer"]  # noqa: RUF012 (transformers declares it so)
-
-    def __init__(self, config: TrinityXConfig):
+    def __init__(self, config: TrinityXReadings):
         super().__init__(config)
-        self.layers = nn.ModuleList([TrinityXDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([self.layer_class(config, i) for i in range(config.num_hidden_layers)])
         self.post_init()
 
 
@@ -235,16 +246,15 @@ class TrinityXOutput(CausalLMOutputWithPast):
     routing: torch.Tensor | None = None
 
 
-class TrinityXForCausalLM(LlamaForCausalLM):
-    """The decoder with its language-model head."""
+class TrinityXHead:
+    """Mixed into a family's decoder with its language-model head: the decoder is ``decoder_class``."""
 
-    config_class = TrinityXConfig
     # Calibration is lost in bfloat16: router, output norm and expert scales stay float32.
     _keep_in_fp32_modules_strict = ["router", "mixture_norm", "mixture_gate", "scale"]  # noqa: RUF012
 
-    def __init__(self, config: TrinityXConfig):
+    def __init__(self, config: TrinityXReadings):
         super().__init__(config)
-        self.model = TrinityXModel(config)
+        self.model = self.decoder_class(config)
         self.post_init()
 
     @can_return_tuple
@@ -261,7 +271,7 @@ class TrinityXForCausalLM(LlamaForCausalLM):
         output_routing: bool = False,
         **kwargs,
     ) -> TrinityXOutput:
-        """As LlamaForCausalLM; ``output_routing`` adds ``routing`` [B,S,L,E] for the tokens of this call."""
+        """As the family's own; ``output_routing`` adds ``routing`` [B,S,L,E] for the tokens of this call."""
         routing: list[torch.Tensor] = []
         if output_routing:
             kwargs["routing"] = routing
@@ -279,3 +289,103 @@ class TrinityXForCausalLM(LlamaForCausalLM):
         first = routing[0].device if routing else None
         stacked = torch.stack([pi.to(first) for pi in routing], dim=2) if routing else None
         return TrinityXOutput(**output, routing=stacked)
+
+
+class TrinityXLlamaConfig(TrinityXReadings, LlamaConfig):
+    """LlamaConfig with experts."""
+
+    model_type = "trinityx_llama"
+
+
+class TrinityXLlamaLayer(TrinityXLayer, LlamaDecoderLayer):
+    """LlamaDecoderLayer with the mixture."""
+
+
+class TrinityXLlamaModel(TrinityXDecoder, LlamaModel):
+    """LlamaModel with the mixture."""
+
+    config_class = TrinityXLlamaConfig
+    layer_class = TrinityXLlamaLayer
+    _no_split_modules = ["TrinityXLlamaLayer"]  # noqa: RUF012 (transformers declares it so)
+
+
+class TrinityXLlamaForCausalLM(TrinityXHead, LlamaForCausalLM):
+    """LlamaForCausalLM with the mixture."""
+
+    config_class = TrinityXLlamaConfig
+    decoder_class = TrinityXLlamaModel
+
+
+class TrinityXMistralConfig(TrinityXReadings, MistralConfig):
+    """MistralConfig with experts."""
+
+    model_type = "trinityx_mistral"
+
+
+class TrinityXMistralLayer(TrinityXLayer, MistralDecoderLayer):
+    """MistralDecoderLayer with the mixture."""
+
+
+class TrinityXMistralModel(TrinityXDecoder, MistralModel):
+    """MistralModel with the mixture."""
+
+    config_class = TrinityXMistralConfig
+    layer_class = TrinityXMistralLayer
+    _no_split_modules = ["TrinityXMistralLayer"]  # noqa: RUF012 (transformers declares it so)
+
+
+class TrinityXMistralForCausalLM(TrinityXHead, MistralForCausalLM):
+    """MistralForCausalLM with the mixture."""
+
+    config_class = TrinityXMistralConfig
+    decoder_class = TrinityXMistralModel
+
+
+class TrinityXGemmaConfig(TrinityXReadings, GemmaConfig):
+    """GemmaConfig with experts."""
+
+    model_type = "trinityx_gemma"
+
+
+class TrinityXGemmaLayer(TrinityXLayer, GemmaDecoderLayer):
+    """GemmaDecoderLayer with the mixture."""
+
+
+class TrinityXGemmaModel(TrinityXDecoder, GemmaModel):
+    """GemmaModel with the mixture."""
+
+    config_class = TrinityXGemmaConfig
+    layer_class = TrinityXGemmaLayer
+    _no_split_modules = ["TrinityXGemmaLayer"]  # noqa: RUF012 (transformers declares it so)
+
+
+class TrinityXGemmaForCausalLM(TrinityXHead, GemmaForCausalLM):
+    """GemmaForCausalLM with the mixture."""
+
+    config_class = TrinityXGemmaConfig
+    decoder_class = TrinityXGemmaModel
+
+
+class TrinityXQwen2Config(TrinityXReadings, Qwen2Config):
+    """Qwen2Config with experts."""
+
+    model_type = "trinityx_qwen2"
+
+
+class TrinityXQwen2Layer(TrinityXLayer, Qwen2DecoderLayer):
+    """Qwen2DecoderLayer with the mixture."""
+
+
+class TrinityXQwen2Model(TrinityXDecoder, Qwen2Model):
+    """Qwen2Model with the mixture."""
+
+    config_class = TrinityXQwen2Config
+    layer_class = TrinityXQwen2Layer
+    _no_split_modules = ["TrinityXQwen2Layer"]  # noqa: RUF012 (transformers declares it so)
+
+
+class TrinityXQwen2ForCausalLM(TrinityXHead, Qwen2ForCausalLM):
+    """Qwen2ForCausalLM with the mixture."""
+
+    config_class = TrinityXQwen2Config
+    decoder_class = TrinityXQwen2Model

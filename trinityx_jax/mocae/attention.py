@@ -1,0 +1,80 @@
+"""What experts' deltas on the attention's projections do (METHOD 1, ``attention_deltas``).
+
+A static combination applies them exactly. A router is an affair of the feed-forward, so there the
+user says what becomes of them: ``drop``; ``merge``, the static sum gamma~_i dW_i; or ``route``, the
+sum weighed per token by the alpha of the layer before (before the first layer, of uniform routing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trinityx_jax.backbone.layers import linear
+from trinityx_jax.backbone.model import AttentionLinear
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts import lora
+from trinityx_jax.mocae.router import MoCaEConfig, Router, mixture_weights
+
+# (site's factors, input [B,S,in], this layer's inputs, handed down, index of the site) -> delta [B,S,out]
+Mix = Callable[[lora.Site, jax.Array, Any, Any, int], jax.Array]
+
+
+def split_sites(experts: lora.Experts) -> tuple[dict[str, lora.Site], dict[str, lora.Site]]:
+    """The stacked experts' sites in the feed-forward, and those in the attention."""
+    return (
+        {site: leaf for site, leaf in experts.items() if site in lora.FEED_FORWARD},
+        {site: leaf for site, leaf in experts.items() if site in lora.ATTENTION},
+    )
+
+
+def check_policy(mocae: MoCaEConfig, experts: Mapping[str, Any]) -> None:
+    """Raise UserError where experts hold attention deltas and the router's switches do not say what for."""
+    held = [site for site in lora.ATTENTION if site in experts]
+    if held and mocae.attention_deltas is None:
+        raise UserError(
+            f"the experts hold attention deltas ({', '.join(held)}), which a router does not reach: "
+            "set mocae.attention_deltas to drop, merge or route"
+        )
+
+
+def _linear(mix: Mix) -> AttentionLinear:
+    def apply(name: str, weights: Mapping[str, jax.Array], x: jax.Array, inputs: Any, handed: Any) -> jax.Array:
+        y = linear(weights, x)
+        site = inputs["attention"].get(name)
+        return y if site is None else y + mix(site, x, inputs, handed, len(lora.FEED_FORWARD) + "qkvo".index(name))
+
+    return apply
+
+
+def static_attention() -> AttentionLinear:
+    """Fixed weights [E] for all tokens."""
+    return _linear(lambda site, x, inputs, handed, _: lora.delta_weighted(site, x, inputs["weights"]))
+
+
+def routed_attention(mocae: MoCaEConfig) -> AttentionLinear:
+    """By ``attention_deltas``: gamma~ for all tokens, or what the layer before hands down."""
+    if mocae.attention_deltas == "merge":
+        return _linear(lambda site, x, inputs, handed, _: lora.delta_weighted(site, x, inputs["router"]["gamma"]))
+    return _linear(lambda site, x, inputs, handed, _: lora.delta_weighted(site, x, handed))
+
+
+def first_weights(router: Router, batch: int, length: int) -> jax.Array:
+    """alpha [B,S,E] of uniform routing: what the first layer is handed down."""
+    count = len(router.names)
+    alpha = mixture_weights(jnp.full((count,), 1.0 / count), router.gamma, router.config.weight)
+    return jnp.broadcast_to(alpha, (batch, length, count))
+
+
+def grouped_attention(dropout: float = 0.0) -> AttentionLinear:
+    """Stage 1: rows grouped by expert, each group with its own expert's deltas."""
+
+    def mix(site: lora.Site, x: jax.Array, inputs: Any, _: Any, index: int) -> jax.Array:
+        keys = inputs.get("keys")
+        own = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+        return lora.delta_grouped(site, x, own, dropout)
+
+    return _linear(mix)
