@@ -185,15 +185,14 @@ def test_experts_from_elsewhere_are_copied_and_kept_apart(capsys, tiny_run: Path
 
 
 def test_full_disk_at_export_leaves_nothing(capsys, tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
-    import safetensors.numpy
-
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", full)
-    for kind in ("peft", "mocae"):
+    for name in ("write_file", "write_shards"):
+        monkeypatch.setattr(f"trinityx_jax.convert.export.{name}", full)
+    for kind, *more in (("peft",), ("mocae",), ("merged", "--weights", "helpful=1")):
         assert "No space left on device" in refused(
-            capsys, "export", tiny_run, tmp_path / "out" / kind, "--format", kind
+            capsys, "export", tiny_run, tmp_path / "out" / kind, "--format", kind, *more
         )
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
     assert not (tmp_path / "out" / "mocae").exists()

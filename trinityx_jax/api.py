@@ -57,7 +57,7 @@ def forward(
     """
     for name, vector in (experts or {}).items():
         check_base(f"expert {name!r}", vector.origin.get("base"), backbone.fingerprint)
-    stacked, static = combine(experts, router, weights)
+    stacked, static = combine(backbone.config, experts, router, weights)
     tokens = jnp.asarray(tokens, jnp.int32)
     real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
     return _forward(backbone.params, tokens, real, stacked, router, static, config=backbone.config)

@@ -123,7 +123,7 @@ def train_router(config: Positional[str], overrides: Suppress[Sequence[str]] = (
         return OK
     source = settings.experts.source or settings.out
     backbone = load_backbone(settings.model, settings.dtype)
-    vectors = load_experts(source, backbone.fingerprint)
+    vectors = load_experts(source, backbone.fingerprint, backbone.config)
     router = stages.train_router(settings, backbone, vectors)
     print(f"wrote {run.path / 'router'}: temperature {float(router.temperature):.3f}")
     return OK
@@ -218,23 +218,34 @@ def evaluate(run: Positional[str], out: str | None = None) -> int:
     return OK
 
 
-def export(run: Positional[str], out: Positional[str], format: Literal["peft", "mocae"]) -> int:
-    """Write a run's experts as PEFT adapters, or the routed model for transformers.
+def export(
+    run: Positional[str],
+    out: Positional[str],
+    format: Literal["peft", "merged", "mocae"],
+    weights: str | None = None,
+    rank: int | None = None,
+    name: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    push_to_hub: str | None = None,
+) -> int:
+    """Write a run's experts as PEFT adapters, a merged model, or the routed model for transformers.
 
     Args:
         run: run folder.
         out: folder to write.
-        format: peft: one adapter folder per expert; mocae: one folder for AutoModelForCausalLM.
+        format: peft: one adapter folder per expert; merged: a plain checkpoint of the base plus task vectors;
+            mocae: base, experts and router for AutoModelForCausalLM.
+        weights: a combination such as helpful=0.6,toxic=-1: what merged adds; for peft, one adapter of it.
+        rank: truncate adapters to this rank and print the error (peft).
+        name: of the adapter that --weights makes (peft); by default "combined".
+        dtype: of the model that is written; by default the run's (merged, mocae).
+        push_to_hub: also upload the export to this hub id.
     """
-    from trinityx_jax.convert.export import export_mocae, export_peft
-    from trinityx_jax.runs import need_router, open_run
+    from trinityx_jax.exports import export_run
 
-    opened = open_run(run)
-    if format == "mocae":
-        print(f"wrote {export_mocae(opened.backbone, opened.vectors, need_router(opened), Path(out))}")
-        return OK
-    for path in export_peft(opened.vectors, opened.backbone, Path(out), opened.model):
-        print(f"wrote {path}")
+    chosen = None if weights is None else _static_weights(None, weights)
+    for line in export_run(run, out, format, weights=chosen, rank=rank, name=name, dtype=dtype, repo=push_to_hub):
+        print(line)
     return OK
 
 

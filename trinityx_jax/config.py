@@ -27,9 +27,10 @@ class _Section(pydantic.BaseModel):
 
 
 class ExpertsConfig(_Section):
-    """``from``: where stage 2 takes its experts from; None is the run itself."""
+    """``from``: where stage 2 takes its experts from: a run, a folder of experts or of PEFT adapters, or such
+    a folder for each name; None is the run itself."""
 
-    source: str | None = Field(default=None, alias="from")
+    source: str | dict[str, str] | None = Field(default=None, alias="from")
     names: list[str] = ["helpful", "harmless", "honest"]
     rank: int = Field(default=64, ge=1)
     alpha: float = Field(default=32.0, gt=0)

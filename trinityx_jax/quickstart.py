@@ -13,12 +13,14 @@ from trinityx_jax.config import RunConfig, parse_config
 from trinityx_jax.convert.export import export_mocae, export_peft
 from trinityx_jax.convert.fetch import SMOLLM2
 from trinityx_jax.convert.load import load_backbone
+from trinityx_jax.convert.source import source_of
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.answers import side_by_side
 from trinityx_jax.evaluation.collect import collect
 from trinityx_jax.evaluation.heldout import evaluate
 from trinityx_jax.evaluation.report import write_report
 from trinityx_jax.experts import TaskVector
+from trinityx_jax.exports import facts_of
 from trinityx_jax.files import write_json
 from trinityx_jax.mocae import Router
 from trinityx_jax.runs import RunFolder, load_experts, load_router
@@ -113,9 +115,10 @@ class Quickstart:
         write_json(self.run.path / "evaluation" / "answers.json", found)
 
     def export(self) -> None:
-        exports = self.run.path / "exports"
-        export_peft(self.vectors, self.backbone, exports / "peft", self.model)
-        export_mocae(self.backbone, self.vectors, self.router, exports / "mocae")
+        exports, base = self.run.path / "exports", source_of(self.backbone)
+        facts = facts_of(self.run, base)
+        export_peft(self.vectors, base, exports / "peft", self.model, facts)
+        export_mocae(base, self.vectors, self.router, exports / "mocae", facts=facts)
 
     def report(self) -> tuple[dict[str, Any], Path]:
         """Claims checked, ``report/index.html`` written: (results, its path)."""

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trinityx_jax.backbone import Backbone
+from trinityx_jax.backbone import Backbone, BackboneConfig
 from trinityx_jax.config import NAME
 from trinityx_jax.convert.load import load_backbone
+from trinityx_jax.convert.peft import is_adapter, load_peft
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector
+from trinityx_jax.experts.lora import check_fits
 from trinityx_jax.files import atomic_dir, read_json, write_json
 from trinityx_jax.mocae import MoCaEConfig, Router
 
@@ -157,31 +159,50 @@ def load_expert(folder: Path) -> TaskVector:
     return TaskVector(sites, info.get("origin"))
 
 
-def load_experts(path: str | Path, fingerprint: str | None = None) -> dict[str, TaskVector]:
+def load_experts(
+    path: str | Path | Mapping[str, str], fingerprint: str | None = None, config: BackboneConfig | None = None
+) -> dict[str, TaskVector]:
     """Experts by name, in the run's order: of a run, of its ``experts`` folder, or a single one.
 
     Args:
+        path: a folder of PEFT adapters, or one adapter, is as good; a mapping gives each name its own.
         fingerprint: the base they are to be used on; None does not check.
+        config: that base's geometry, to check shapes by. PEFT adapters, which carry no fingerprint, are
+            made as deep as the base.
 
     Raises:
-        UserError: there is no expert, one is damaged, or one was trained on another base.
+        UserError: there is no expert, one is damaged or does not fit, or one was trained on another base.
     """
-    path = Path(path)
+    if isinstance(path, Mapping):
+        folders = {name: Path(folder) for name, folder in path.items()}
+        for folder in folders.values():
+            if not is_adapter(folder) and not (folder / "expert.json").exists():
+                raise UserError(f"{folder}: holds no expert (no expert.json, no adapter_config.json)")
+    else:
+        folders = _expert_folders(Path(path))
+    vectors = {}
+    for name, folder in folders.items():
+        vectors[name] = load_peft(folder, config) if is_adapter(folder) else load_expert(folder)
+    for name, vector in vectors.items():
+        check_base(f"expert {name!r}", vector.origin.get("base"), fingerprint)
+        if config is not None:
+            check_fits(vector, config, f"expert {name!r}")
+    return vectors
+
+
+def _expert_folders(path: Path) -> dict[str, Path]:
+    """Every expert or adapter at a path, by name."""
     order: list[str] = []
     if (path / "run.json").exists():
         order = (RunFolder(path).done("experts") or {}).get("names", [])
         path = path / "experts"
-    if (path / "expert.json").exists():
-        folders = [path]
-    else:
-        folders = sorted(p.parent for p in path.glob("*/expert.json"))
-        folders.sort(key=lambda p: order.index(p.name) if p.name in order else len(order))
-    if not folders:
-        raise UserError(f"{path}: holds no expert (no expert.json)")
-    vectors = {folder.name: load_expert(folder) for folder in folders}
-    for name, vector in vectors.items():
-        check_base(f"expert {name!r}", vector.origin.get("base"), fingerprint)
-    return vectors
+    if (path / "expert.json").exists() or is_adapter(path):
+        return {path.resolve().name: path}
+    found = {p.parent.name: p.parent for kind in ("expert.json", "adapter_config.json") for p in path.glob(f"*/{kind}")}
+    if not found:
+        raise UserError(f"{path}: holds no expert (no expert.json, no adapter_config.json)")
+    order += sorted(found.keys() - set(order))
+    return {name: found[name] for name in order if name in found}
 
 
 def save_router(router: Router, out: Path, base: str) -> None:
@@ -246,9 +267,9 @@ def open_run(path: str | Path) -> OpenRun:
     """
     folder = RunFolder(path)
     base = folder.info()["base"]
-    vectors = load_experts(path, base["fingerprint"])
     router = load_router(path, base["fingerprint"]) if folder.done("router") else None
     backbone = load_backbone(base["model"], base["dtype"])
+    vectors = load_experts(path, base["fingerprint"], backbone.config)
     check_base(f"{path}: the run", base["fingerprint"], backbone.fingerprint)
     return OpenRun(folder, base["model"], backbone, vectors, router)
 

@@ -208,7 +208,7 @@ def test_uniform_scale_becomes_alpha(tmp_path):
     backbone = make_backbone()
     vectors = {
         "whole": make_vector(backbone.config, 0, {"gate": 12, "down": 6}, 16 / 12),
-        "fraction": make_vector(backbone.config, 1, {"up": 4}, -0.37),
+        "fraction": make_vector(backbone.config, 1, {"up": 4}, 0.37),
     }
     read = [
         json.loads((folder / "adapter_config.json").read_text())
@@ -216,7 +216,7 @@ def test_uniform_scale_becomes_alpha(tmp_path):
     ]
     assert read[0]["lora_alpha"] == 16 and isinstance(read[0]["lora_alpha"], int)
     assert read[0]["rank_pattern"] == {"down_proj": 6} and read[0]["alpha_pattern"] == {"down_proj": 8}
-    assert np.float32(read[1]["lora_alpha"] / read[1]["r"]) == np.float32(-0.37)
+    assert np.float32(read[1]["lora_alpha"] / read[1]["r"]) == np.float32(0.37)
     assert read[1]["base_model_name_or_path"] == "org/base" and "org/base" in (tmp_path / "whole/README.md").read_text()
 
 

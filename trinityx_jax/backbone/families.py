@@ -40,9 +40,7 @@ _ATTENTION_BIAS = {"attention_bias": ("attention_bias", "output_bias")}
 FAMILIES: dict[str, Family] = {
     # LLaMA 1 to 3.x, DeepSeek-LLM, SmolLM, TinyLlama, Yi
     "llama": Family("LlamaForCausalLM", optional={**_ATTENTION_BIAS, "mlp_bias": ("mlp_bias",)}),
-    "mistral": Family(
-        "MistralForCausalLM", defaults={"sliding_window": 4096, "num_key_value_heads": 8}, windows="all"
-    ),
+    "mistral": Family("MistralForCausalLM", defaults={"sliding_window": 4096, "num_key_value_heads": 8}, windows="all"),
     "gemma": Family(
         "GemmaForCausalLM",
         always={"norm_offset": 1.0, "scale_embedding": True},

@@ -12,6 +12,8 @@ import numpy as np
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.mocae import Router
 
+NOT_EVALUATED = "The merge itself was not evaluated; for comparison, its base:"
+
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
@@ -99,7 +101,7 @@ model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
 tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
 ```
 
-{_data(own)}{_metrics(facts, ["base"], "The merge itself was not evaluated; for comparison, its base:")}{_licence(facts)}"""
+{_data(own)}{_metrics(facts, ["base"], NOT_EVALUATED)}{_licence(facts)}"""
 
 
 def mocae_card(name: str, vectors: Mapping[str, TaskVector], router: Router, facts: Facts, dtype: str) -> str:

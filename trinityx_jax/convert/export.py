@@ -20,7 +20,7 @@ from trinityx_jax.convert.fetch import HUB_ID, SMOLLM2
 from trinityx_jax.convert.peft import CONFIG, WEIGHTS, peft_settings, peft_tensors
 from trinityx_jax.convert.shards import write_file, write_shards
 from trinityx_jax.convert.source import Source, source_of
-from trinityx_jax.convert.tensors import Stored
+from trinityx_jax.convert.tensors import Stored, held
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import ATTENTION, FEED_FORWARD, TaskVector, stack
 from trinityx_jax.experts.lora import check_fits
@@ -65,7 +65,7 @@ def export_peft(
         for folder, (name, vector) in zip(folders, vectors.items(), strict=True):
             settings, fold = peft_settings(vector, base_model)
             staging = stack.enter_context(atomic_dir(folder))
-            write_file(staging / WEIGHTS, {key: _held(value) for key, value in peft_tensors(vector, fold)})
+            write_file(staging / WEIGHTS, {key: held(value) for key, value in peft_tensors(vector, fold)})
             write_json(staging / CONFIG, settings)
             write_text(staging / "README.md", cards.adapter_card(name, vector, facts, repo))
     if repo is not None:
@@ -155,7 +155,7 @@ def export_mocae(
     layers = base.config.num_layers
     extra = _expert_tensors(ordered, layers) | _router_tensors(router, layers)
     with atomic_dir(out) as staging:
-        write_shards(staging, tensors | {key: _held(value) for key, value in extra.items()})
+        write_shards(staging, tensors | {key: held(value) for key, value in extra.items()})
         write_json(staging / "config.json", _mocae_config(base.config, ordered, router, str(kind)))
         _write_companions(staging, base)
         shutil.copyfile(Path(__file__).parent / "mocae_hf" / MODELING, staging / MODELING)
@@ -165,10 +165,6 @@ def export_mocae(
 
 def _source(base: Backbone | Source) -> Source:
     return source_of(base) if isinstance(base, Backbone) else base
-
-
-def _held(value: np.ndarray) -> Stored:
-    return Stored(value.shape, value.dtype, lambda: value)
 
 
 def _check_vectors(vectors: Mapping[str, TaskVector], config: BackboneConfig) -> None:
@@ -213,9 +209,7 @@ def _attention(router: Router, vectors: Mapping[str, TaskVector]) -> list[tuple[
     return [(weight, _numpy_sites(TaskVector(sites))) for weight, sites in zip(gamma, held, strict=True)]
 
 
-def _merged(
-    base: Source, name: str, place: hf.Place, factors: list[tuple[float, dict]], dtype: np.dtype
-) -> np.ndarray:
+def _merged(base: Source, name: str, place: hf.Place, factors: list[tuple[float, dict]], dtype: np.dtype) -> np.ndarray:
     """One tensor of the base in Hugging Face's layout, with the deltas that fall on it."""
     site = place.path[1] if place.path[0] == "blocks" and place.path[-1] == "kernel" else None
     deltas = [(weight, sites[site]) for weight, sites in factors if site in sites]
@@ -319,5 +313,6 @@ def truncate(vectors: Mapping[str, TaskVector], rank: int) -> tuple[dict[str, Ta
 def _singular_values(site: Mapping[str, Any]) -> np.ndarray:
     """Of one site's delta, [L,R] in float64, from its factors."""
     a, b = np.asarray(site["a"], np.float64), np.asarray(site["b"], np.float64)
-    core = np.linalg.qr(a, mode="r") @ np.linalg.qr(np.swapaxes(b, -1, -2), mode="r").swapaxes(-1, -2)
+    r_a, r_b = (np.asarray(np.linalg.qr(x, mode="r")) for x in (a, np.swapaxes(b, -1, -2)))
+    core = r_a @ np.swapaxes(r_b, -1, -2)
     return np.abs(np.asarray(site["scale"], np.float64))[:, None] * np.linalg.svd(core, compute_uv=False)

@@ -86,7 +86,7 @@ def load_peft(folder: Path | str, config: BackboneConfig | None = None, weights_
             sites[site], ranks[site] = _stack(site, mine, layers, settings, where)
     dtypes = sorted({str(x.dtype) for pair in found.values() for x in pair})
     if len(dtypes) > 1 or dtypes[0] == "float64":
-        raise UserError(f"{folder}: its tensors are stored as {' and '.join(dtypes)}, not in one of float32 or narrower")
+        raise UserError(f"{folder}: its tensors are stored as {' and '.join(dtypes)}, not in one dtype up to float32")
     origin = {"peft": {"config": settings, "dtype": dtypes[0], "ranks": ranks}}
     vector = TaskVector(sites, origin)
     if config is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,7 +56,7 @@ class Source:
         return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.config.tie_embeddings)
 
     @functools.cached_property
-    def places(self) -> dict[str, hf.Place]:
+    def places(self) -> Mapping[str, hf.Place]:
         """Hugging Face name -> place in the base tree, in the tree's order."""
         return hf.places(self.config)
 
@@ -72,8 +71,7 @@ class Source:
         stored = sorted({str(self.tensors[name].dtype) for name in self.places})
         if len(stored) > 1 or stored[0] not in hf.DTYPES:
             raise UserError(
-                f"{self.where}: stored in {' and '.join(stored)}; choose a dtype to load it in "
-                f"({', '.join(hf.DTYPES)})"
+                f"{self.where}: stored in {' and '.join(stored)}; choose a dtype to load it in ({', '.join(hf.DTYPES)})"
             )
         return hf.DTYPES[stored[0]]
 
@@ -120,8 +118,11 @@ class Source:
             return self.known_fingerprint
         sample = Sample(self.config)
         for name, place in self.places.items():
-            sample.add(place.path, place.layer, lambda i, name=name, t=place.transposed: self._raw(name)[_flip(i, t)])
+            sample.add(place.path, place.layer, functools.partial(self._values, name, place.transposed))
         return sample.digest()
+
+    def _values(self, name: str, transposed: bool, index: tuple[np.ndarray, ...]) -> np.ndarray:
+        return self._raw(name)[index[::-1] if transposed else index]
 
     def _raw(self, name: str) -> np.ndarray:
         return self.tensors[name].read()
@@ -154,16 +155,12 @@ class Sample:
         return digest(self.config, {path: np.concatenate(parts) for path, parts in self._values.items()})
 
 
-def _flip(index: tuple[np.ndarray, ...], transposed: bool) -> tuple[np.ndarray, ...]:
-    return index[::-1] if transposed else index
-
-
 def source_of(backbone: Backbone) -> Source:
     """A base model that is in memory, as a source."""
     tensors = {}
     dtype = np.dtype(jax.tree.leaves(backbone.params)[0].dtype)
     for name, place in hf.places(backbone.config).items():
-        tensors[name] = Stored(place.shape, dtype, lambda place=place: hf.from_tree(backbone.params, place))
+        tensors[name] = Stored(place.shape, dtype, functools.partial(hf.from_tree, backbone.params, place))
     name = str(backbone.extras.get("source", "the base model"))
     return Source(
         name, backbone.config, tensors, lambda: backbone.tokenizer, backbone.extras, backbone.fingerprint or None
@@ -179,24 +176,31 @@ def materialise(source: Source, dtype: np.dtype, shardings: Mapping[hf.Path, jax
     source.check_repeated_head()
     arrays: dict[hf.Path, jax.Array] = {}
     for path, shape in hf.leaves(source.config):
-        parts: dict[tuple, np.ndarray] = {}  # replicas share one
-
-        def part(index: tuple[slice, ...], path: hf.Path = path, shape: tuple = shape, parts: dict = parts) -> Any:
-            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-            if bounds not in parts:
-                parts[bounds] = _part(source, path, bounds, dtype)
-            return parts[bounds]
-
-        arrays[path] = jax.make_array_from_callback(shape, shardings[path], part)
+        read = _Parts(source, path, shape, dtype)
+        arrays[path] = jax.make_array_from_callback(shape, shardings[path], read)
     return hf.nest(arrays)
 
 
-def _part(source: Source, path: hf.Path, bounds: tuple[tuple[int, int], ...], dtype: np.dtype) -> np.ndarray:
-    out = np.empty([stop - start for start, stop in bounds], dtype)
-    slices = tuple(slice(*b) for b in bounds)
-    if path[0] != "blocks":
-        source.fill(out, path, None, slices)
+class _Parts:
+    """Reads a leaf's parts; devices that hold the same one share it."""
+
+    def __init__(self, source: Source, path: hf.Path, shape: tuple[int, ...], dtype: np.dtype):
+        self._source, self._path, self._shape, self._dtype = source, path, shape, dtype
+        self._parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def __call__(self, index: tuple[slice, ...] | None) -> np.ndarray:
+        slices = index or (slice(None),) * len(self._shape)
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(slices, self._shape, strict=True))
+        if bounds not in self._parts:
+            self._parts[bounds] = self._read(bounds)
+        return self._parts[bounds]
+
+    def _read(self, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        out = np.empty([stop - start for start, stop in bounds], self._dtype)
+        slices = tuple(slice(*b) for b in bounds)
+        if self._path[0] != "blocks":
+            self._source.fill(out, self._path, None, slices)
+            return out
+        for row, layer in enumerate(range(*bounds[0])):
+            self._source.fill(out[row], self._path, layer, slices[1:])
         return out
-    for row, layer in enumerate(range(*bounds[0])):
-        source.fill(out[row], path, layer, slices[1:])
-    return out

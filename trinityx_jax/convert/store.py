@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,7 +87,7 @@ def open_converted(folder: Path) -> Source:
     dtype = hf.numpy_dtype(manifest["dtype"])
     tensors = {}
     for name, place in hf.places(config).items():
-        tensors[name] = Stored(place.shape, dtype, lambda place=place: _read_piece(folder, place))
+        tensors[name] = Stored(place.shape, dtype, functools.partial(_read_piece, folder, place))
     return Source(
         str(folder), config, tensors, lambda: load_tokenizer(folder), manifest["extras"], manifest["fingerprint"]
     )
@@ -108,9 +109,7 @@ def restore(
             return checkpointer.restore((folder / "params").resolve(), target)
     except Exception as error:  # orbax raises even a bare Exception; what it came from says more
         cause = str(error.__cause__ or error).strip() or type(error).__name__
-        raise UserError(
-            f"{folder}: the converted checkpoint cannot be read ({cause.splitlines()[0]})"
-        ) from error
+        raise UserError(f"{folder}: the converted checkpoint cannot be read ({cause.splitlines()[0]})") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +137,7 @@ class _Leaf:
             for layer in range(self.shape[0]):
                 values = np.empty(self.shape[1:], self.dtype)
                 self.source.fill(values, self.path, layer, (slice(None),) * values.ndim)
-                self.sample.add(self.path, layer, lambda index, values=values: values[index])
+                self.sample.add(self.path, layer, values.__getitem__)
                 yield (slice(layer, layer + 1),), values[None]
             return
         axis = int(np.argmax(self.shape))
@@ -192,7 +191,7 @@ def _write_leaf(leaf: _Leaf, path: Path, shown: Progress) -> None:
             "shape": list(leaf.shape),
             "data_type": str(leaf.dtype),
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(leaf.chunk)}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
         }
     }
     array = ts.open(spec, create=True, delete_existing=True).result()
@@ -225,6 +224,8 @@ def _spec(path: Path) -> dict[str, Any]:
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{path}/", "file_io_sync": False},
+        "store_data_equal_to_fill_value": True,  # a layer of zeros is data; a missing one is damage
+        "fill_missing_data_reads": False,
         "recheck_cached_data": False,
         "recheck_cached_metadata": False,
     }

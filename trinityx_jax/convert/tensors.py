@@ -35,6 +35,11 @@ class Stored:
     read: Callable[[], np.ndarray]
 
 
+def held(array: np.ndarray) -> Stored:
+    """A tensor that is already an array."""
+    return Stored(array.shape, array.dtype, lambda: array)
+
+
 def safetensors_file(file: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file, as views of the mapped file.
 
@@ -64,7 +69,7 @@ def safetensors_file(file: Path) -> dict[str, Stored]:
         dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
         start, stop = entry["data_offsets"]
         view = data[start:stop].view(dtype).reshape(shape)
-        out[name] = Stored(shape, dtype, lambda view=view: view)
+        out[name] = held(view)
     return out
 
 
@@ -93,7 +98,7 @@ def pickle_file(file: Path) -> dict[str, Stored]:
         if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point or value.dtype.itemsize < 2:
             raise UserError(f"{file}: {name!r} is not a tensor of floating-point numbers")
         array = _numpy(value.detach())
-        out[str(name)] = Stored(array.shape, array.dtype, lambda array=array: array)
+        out[str(name)] = held(array)
     return out
 
 

@@ -16,6 +16,7 @@ from trinityx_jax.data.objectives import Example
 from trinityx_jax.data.templates import encode_prompts
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, stack
+from trinityx_jax.experts.lora import check_fits
 from trinityx_jax.generation.sampling import Sampling, choose
 from trinityx_jax.mocae import Router, hidden_states
 
@@ -97,7 +98,7 @@ def generate_ids(
         options |= {"max_new_tokens": max_new_tokens, "dtype": dtype}
         parts = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
         return [row for i, part in enumerate(parts) for row in generate_ids(backbone, part, seed=seed + i, **options)]
-    stacked, static = combine(experts, router, weights)
+    stacked, static = combine(backbone.config, experts, router, weights)
     size = round_up(max(len(p) for p in prompts), PROMPT_MULTIPLE)
     limit = backbone.config.max_position_embeddings
     if max(len(p) for p in prompts) + max_new_tokens > limit:
@@ -119,13 +120,19 @@ def generate_ids(
 
 
 def combine(
-    experts: Mapping[str, TaskVector] | None, router: Router | None, weights: Mapping[str, float] | None
+    config: BackboneConfig,
+    experts: Mapping[str, TaskVector] | None,
+    router: Router | None,
+    weights: Mapping[str, float] | None,
 ) -> tuple[Any, jax.Array | None]:
     """(stacked experts or None, static weights [E] or None), checked against each other.
 
     Raises:
-        UserError: names do not match, or both or neither of router and weights are given.
+        UserError: names do not match, an expert does not fit the model, or both or neither of router and
+            weights are given.
     """
+    for name, vector in (experts or {}).items():
+        check_fits(vector, config, f"expert {name!r}")
     if experts is None:
         if router is not None or weights is not None:
             raise UserError("a router or weights need experts")

@@ -31,6 +31,7 @@ def base_shardings(config: BackboneConfig, mesh: Mesh | None) -> dict[tuple[str,
             out[key] = SingleDeviceSharding(jax.devices()[0])
             continue
         axes = [RULES.get(name or "") for name in leaf.names]
-        fits = [a if a in mesh.shape and n % mesh.shape[a] == 0 else None for a, n in zip(axes, leaf.value.shape)]
+        sizes = zip(axes, leaf.value.shape, strict=True)
+        fits = [a if a in mesh.shape and n % mesh.shape[a] == 0 else None for a, n in sizes]
         out[key] = NamedSharding(mesh, PartitionSpec(*fits))
     return out

@@ -1,0 +1,147 @@
+"""What leaves a run folder: in which format, which combination of its experts, and what its cards say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trinityx_jax.config import NAME
+from trinityx_jax.convert import export, hub
+from trinityx_jax.convert.cards import Facts
+from trinityx_jax.convert.fetch import HUB_ID, SMOLLM2
+from trinityx_jax.convert.load import open_source
+from trinityx_jax.convert.source import Source
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts import TaskVector, naive_sum
+from trinityx_jax.files import read_json
+from trinityx_jax.runs import RunFolder, check_base, load_experts, load_router
+
+COMBINED = "combined"
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    format: str,
+    *,
+    weights: Mapping[str, float] | None = None,
+    rank: int | None = None,
+    name: str | None = None,
+    dtype: str | None = None,
+    repo: str | None = None,
+) -> list[str]:
+    """Export a run as ``peft``, ``merged`` or ``mocae``; the base is read tensor by tensor, never loaded.
+
+    Args:
+        weights: peft: one adapter, the sum of w_i T_i, instead of one per expert; merged: what is added.
+        rank: peft: truncate to this rank, by SVD.
+        name: peft with weights: the adapter's name.
+        dtype: merged, mocae: of what is written; None is the run's.
+        repo: hub id that the export is uploaded to as well.
+
+    Returns:
+        lines for the user: what was lost, what was written.
+
+    Raises:
+        UserError: an option does not go with the format, or names no expert; the run's base is gone or
+            another one; the place cannot be written; the hub refuses.
+    """
+    _check_options(format, weights, rank, name, dtype)
+    if repo is not None:
+        hub.check_id(repo)
+    folder, out = RunFolder(run), Path(out)
+    base = folder.info()["base"]
+    source = open_source(base["model"])
+    check_base(f"{run}: the run", base["fingerprint"], source.fingerprint)
+    vectors = load_experts(run, base["fingerprint"], source.config)
+    facts, kind = facts_of(folder, source), dtype or base["dtype"]
+    if format == "mocae":
+        if folder.done("router") is None:
+            raise UserError(f"{folder.path}: has no router yet (trinityx train-router)")
+        router = load_router(run, base["fingerprint"])
+        export.export_mocae(source, vectors, router, out, dtype=kind, facts=facts, name=repo)
+        lines = [f"wrote {out}"]
+    elif format == "merged":
+        export.export_merged(source, vectors, weights or {}, out, dtype=kind, facts=facts, name=repo)
+        lines = [f"wrote {out}"]
+    else:
+        if weights is not None:
+            vectors = {name or COMBINED: combined(vectors, weights)}
+        lines = []
+        if rank is not None:
+            vectors, errors = export.truncate(vectors, rank)
+            lines += [f"{n}: rank {rank}, relative error {error:.2e}" for n, error in errors.items()]
+        written = export.export_peft(vectors, source, out, base["model"], facts, repo)
+        lines += [f"wrote {path}" for path in written]
+    if repo is not None:
+        lines.append(f"pushed to {hub.push(out, repo)}")
+    return lines
+
+
+def combined(vectors: Mapping[str, TaskVector], weights: Mapping[str, float]) -> TaskVector:
+    """sum_i w_i T_i, exact: ranks add up. One vector alone keeps its rank."""
+    for name in weights:
+        if name not in vectors:
+            raise UserError(f"--weights: there is no expert {name!r} (experts: {', '.join(vectors)})")
+    return naive_sum([weight * vectors[name] for name, weight in weights.items()])
+
+
+def facts_of(run: RunFolder, source: Source) -> Facts:
+    """What a run knows for its exports' cards: base, data, metrics, licence."""
+    model = run.info()["base"]["model"]
+    named = HUB_ID if model == SMOLLM2 else str(source.extras.get("source", model))
+    base = named if "/" in named else model
+    return Facts(base, source.extras.get("license"), _data(run), _metrics(run))
+
+
+def _data(run: RunFolder) -> dict[str, str]:
+    out: dict[str, str] = {}
+    counts = (run.done("experts") or {}).get("rows", {})
+    path = run.path / "config-experts.yaml"
+    if not path.exists():
+        path = run.path / "config-router.yaml"
+    if path.exists():
+        for name, data in yaml.safe_load(path.read_text(encoding="utf-8"))["data"].items():
+            rows = f", {counts[name]} rows" if name in counts else ""
+            out[name] = f"`{data['source']}` ({data['format']}, split {data['split']}{rows})"
+    return out
+
+
+def _metrics(run: RunFolder) -> list[tuple[str, str, str, float, float, float, int]]:
+    path = run.path / "evaluation" / "results.json"
+    if not path.exists():
+        return []
+    results: dict[str, Any] = read_json(path)
+    out = []
+    for key, measure in (("perplexity", "perplexity"), ("preference", "preference accuracy")):
+        for system, cells in results.get(key, {}).items():
+            out += [_row(system, objective, measure, cell) for objective, cell in cells.items()]
+    for measure, cell in results.get("routing", {}).get("held-out rows", {}).items():
+        if isinstance(cell, dict) and "interval" in cell:
+            out.append(_row("MoCaE", "all", f"routing {measure}", cell))
+    return out
+
+
+def _row(system: str, objective: str, measure: str, cell: Mapping[str, Any]) -> tuple:
+    return (system, objective, measure, cell["value"], *cell["interval"], cell["n"])
+
+
+def _check_options(
+    format: str, weights: Mapping[str, float] | None, rank: int | None, name: str | None, dtype: str | None
+) -> None:
+    given = {"--weights": weights, "--rank": rank, "--name": name, "--dtype": dtype}
+    allowed = {"peft": {"--weights", "--rank", "--name"}, "merged": {"--weights", "--dtype"}, "mocae": {"--dtype"}}
+    for flag, value in given.items():
+        if value is not None and flag not in allowed[format]:
+            raise UserError(f"{flag}: has no effect on --format {format}")
+    if format == "merged" and not weights:
+        raise UserError("--format merged: say what is added to the base, such as --weights helpful=0.6,honest=0.4")
+    if name is not None and weights is None:
+        raise UserError("--name: names the combination that --weights makes; without it experts keep their names")
+    if name is not None and not NAME.fullmatch(name):
+        raise UserError(f"--name {name!r}: use letters, digits, '.', '_' and '-'")
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank: must be at least 1, is {rank}")
