@@ -27,6 +27,7 @@ class Family:
     optional: config.json fields, beyond the common ones, that the type honours -> our fields.
     defaults: config.json fields that a file may leave out, as transformers fills them.
     windows: how config.json says which layers see a sliding window: "all", "types", or "" for none.
+    has_head_dim: whether head_dim is a field of the type; it is written elsewhere only where it says something.
     """
 
     architecture: str
@@ -34,6 +35,7 @@ class Family:
     optional: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     windows: str = ""
+    has_head_dim: bool = True
 
 
 _ATTENTION_BIAS = {"attention_bias": ("attention_bias", "output_bias")}
@@ -57,6 +59,7 @@ FAMILIES: dict[str, Family] = {
         always={"attention_bias": True},
         defaults={"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
         windows="types",
+        has_head_dim=False,
     ),
 }
 
@@ -173,6 +176,8 @@ def write(config: Any) -> dict[str, Any]:
     for theirs, fields in family.optional.items():
         out[theirs] = getattr(config, fields[0])
     out["rope_parameters"] = {**scaling_settings(config.rope_scaling), "rope_theta": config.rope_theta}
+    if not family.has_head_dim and config.head_dim * config.num_heads == config.hidden_size:
+        del out["head_dim"]
     if family.windows:
         out["sliding_window"] = config.sliding_window
     if family.windows == "types":
