@@ -85,8 +85,10 @@ def test_the_whole_way(capsys, tiny_run: Path, tmp_path: Path) -> None:
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert results["perplexity"]["MoCaE"]["honest"]["n"] == 4
     assert len(json.loads((tmp_path / "evaluation" / "answers.json").read_text())) == 3
-    for kind in ("peft", "mocae"):
-        assert run(capsys, "export", tiny_run, tmp_path / kind, "--format", kind)[0] == 0
+    for kind, *more in (("peft",), ("mocae",), ("merged", "--weights", "helpful=0.5,honest=-1")):
+        code, out, _ = run(capsys, "export", tiny_run, tmp_path / kind, "--format", kind, *more)
+        assert code == 0
+        assert f"wrote {tmp_path / kind}" in out
     assert (tmp_path / "peft" / "helpful" / "adapter_model.safetensors").exists()
     assert (tmp_path / "mocae" / "modeling_trinityx.py").exists()
     code, _, _ = run(capsys, "report", tiny_run, "--out", tmp_path / "report")

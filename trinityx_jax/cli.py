@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -373,13 +374,17 @@ def _static_weights(expert: str | None, weights: str | None) -> dict[str, float]
         return {} if expert == "base" else {expert: 1.0}
     if weights is None:
         return None
-    out = {}
+    out: dict[str, float] = {}
     for part in weights.split(","):
-        name, _, value = part.partition("=")
+        name, _, value = (text.strip() for text in part.partition("="))
+        if name in out:
+            raise UserError(f"--weights: {name!r} stands twice")
         try:
-            out[name.strip()] = float(value)
+            out[name] = float(value)
         except ValueError:
             raise UserError(f"--weights: {part!r} is not NAME=NUMBER") from None
+        if not math.isfinite(out[name]):
+            raise UserError(f"--weights: {part!r} is not a finite number")
     return out
 
 
