@@ -60,7 +60,7 @@ def test_transformers_counts_the_same(name):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("family", ["llama3", "linear", "mistral", "gemma", "qwen2", "qwen2-windows"])
+@pytest.mark.parametrize("family", ["llama", "llama3", "linear", "mistral", "gemma", "qwen2", "qwen2-windows"])
 def test_logits_and_greedy_tokens(tmp_path, random_hf, family):
     import torch
 

@@ -58,7 +58,7 @@ def close(found, wanted, mask) -> bool:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip(tmp_path, random_hf, family, dtype):
-    """HF -> loaded -> HF, and HF -> converted -> merged with nothing -> HF: the same bits, and the same configuration."""
+    """HF -> loaded -> HF, HF -> converted -> merged with nothing -> HF: the same bits, the same configuration."""
     from transformers import AutoConfig
 
     random_hf(tmp_path / "in", family, dtype)

@@ -62,28 +62,30 @@ class Hub(BaseHTTPRequestHandler):
         for line in map(json.loads, body.decode().splitlines()):
             if line["key"] == "file":
                 Hub.files[repo][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        self.answer({"commitUrl": f"{self.address()}/{repo}/commit/{COMMIT}", "commitOid": COMMIT, "hookOutput": ""})
+        return self.answer(
+            {"commitUrl": f"{self.address()}/{repo}/commit/{COMMIT}", "commitOid": COMMIT, "hookOutput": ""}
+        )
 
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
-        if found := re.fullmatch(r"/api/models/(\S+?/\S+?)(?:/revision/\w+)?", path):
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/\w+)?", path):
             if found[1] not in Hub.files:
                 return self.answer({"error": "not found"}, code=404, X_Error_Code="RepoNotFound")
             names = [{"rfilename": name} for name in Hub.files[found[1]]]
             return self.answer({"_id": "1", "id": found[1], "sha": COMMIT, "siblings": names, "tags": []})
-        found = re.fullmatch(r"/api/models/(\S+?/\S+?)/tree/\w+", path)
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/\w+", path)
         if found and found[1] in Hub.files:
             kept = Hub.files[found[1]].items()
             return self.answer(
                 [{"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for n, b in kept]
             )
-        if found := re.fullmatch(r"/(\S+?/\S+?)/resolve/\w+/(.+)", path):
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/\w+/(.+)", path):
             body = Hub.files.get(found[1], {}).get(found[2])
             if body is None:
                 return self.answer(code=404, X_Error_Code="EntryNotFound")
             tag = hashlib.sha1(body).hexdigest()
             return self.answer(body=body, ETag=f'"{tag}"', X_Repo_Commit=COMMIT, Accept_Ranges="none")
-        self.answer({"error": path}, code=404)
+        return self.answer({"error": path}, code=404)
 
     do_HEAD = do_GET
 
@@ -140,7 +142,9 @@ def test_there_and_back(tiny_run, tmp_path, hub):
 
     adapters = Hub.files["someone/tiny-peft"]
     assert {"helpful/adapter_model.safetensors", "honest/adapter_config.json", "README.md"} <= adapters.keys()
-    assert 'PeftModel.from_pretrained(model, "someone/tiny-peft", subfolder="helpful")' in adapters["README.md"].decode()
+    assert (
+        'PeftModel.from_pretrained(model, "someone/tiny-peft", subfolder="helpful")' in adapters["README.md"].decode()
+    )
     for kind in ("merged", "mocae"):
         card = Hub.files[f"someone/tiny-{kind}"]["README.md"].decode()
         assert f'from_pretrained("someone/tiny-{kind}"' in card

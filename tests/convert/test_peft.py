@@ -1,4 +1,4 @@
-"""LoRA adapters made by peft compute the same here, and go out as they came; what is not plain LoRA is refused by name."""
+"""LoRA adapters of peft compute the same here and go out as they came; what is not plain LoRA is refused by name."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_without_a_base(tmp_path, base, backbone):
     adapted(base, **OPTIONS["one layer"]).save_pretrained(tmp_path / "in")
     (vector,) = load_experts(tmp_path / "in").values()
     assert vector.sites["up"]["a"].shape[0] == 2
-    with pytest.raises(UserError, match="up.a"):
+    with pytest.raises(UserError, match=r"up\.a"):
         tx.forward(backbone, TOKENS, experts={"x": vector}, weights={"x": 1.0})
 
 

@@ -129,11 +129,12 @@ def test_route_follows_the_layer_before(backbone: Backbone, vectors: dict[str, T
 def test_route_with_a_cache(backbone: Backbone, vectors: dict[str, TaskVector]) -> None:
     router = routed(backbone, "route", vectors)
     answer = generate_ids(backbone, TOKENS[:1].tolist(), experts=vectors, router=router, max_new_tokens=8)[0]
-    tokens = TOKENS[:1].tolist()[0]
-    for token in answer:
-        logits = tx.forward(backbone, [tokens], experts=vectors, router=router)[0]
-        assert int(logits[0, -1].argmax()) == token
-        tokens.append(token)
+    tokens = np.pad(TOKENS[:1], ((0, 0), (0, 8)))
+    mask = np.arange(17)[None] < 9
+    for at, token in enumerate(answer, start=9):
+        logits = tx.forward(backbone, tokens, mask=mask, experts=vectors, router=router)[0]
+        assert int(logits[0, at - 1].argmax()) == token
+        tokens[0, at], mask[0, at] = token, True
     assert len(set(answer)) > 1
 
 

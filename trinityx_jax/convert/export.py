@@ -20,7 +20,7 @@ from trinityx_jax.convert.fetch import HUB_ID, SMOLLM2
 from trinityx_jax.convert.peft import CONFIG, WEIGHTS, peft_settings, peft_tensors
 from trinityx_jax.convert.shards import write_file, write_shards
 from trinityx_jax.convert.source import Source, source_of
-from trinityx_jax.convert.tensors import Stored, held
+from trinityx_jax.convert.tensors import Stored, contiguous, held
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import ATTENTION, FEED_FORWARD, TaskVector, stack
 from trinityx_jax.experts.lora import check_fits
@@ -30,6 +30,7 @@ from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.router import per_layer
 
 MODELING = "modeling_trinityx.py"
+MERGED_ROWS = 256  # of a tensor, summed together
 MERGED = "trinityx_merge.json"  # what was merged; marks the folder as ours
 
 
@@ -213,14 +214,18 @@ def _merged(base: Source, name: str, place: hf.Place, factors: list[tuple[float,
     """One tensor of the base in Hugging Face's layout, with the deltas that fall on it."""
     site = place.path[1] if place.path[0] == "blocks" and place.path[-1] == "kernel" else None
     deltas = [(weight, sites[site]) for weight, sites in factors if site in sites]
-    value = base.read(name)
+    value = contiguous(base.read(name))
     if not deltas:
         return value.astype(dtype, copy=False)
-    total = value.astype(np.float32)
-    for weight, leaf in deltas:
-        scale = np.float32(weight) * leaf["scale"][place.layer]
-        total = total + scale * (leaf["a"][place.layer] @ leaf["b"][place.layer]).T
-    return total.astype(dtype)
+    scaled = [
+        (weight * leaf["scale"][place.layer] * leaf["b"][place.layer].T, leaf["a"][place.layer].T)
+        for weight, leaf in deltas
+    ]
+    out = np.empty(value.shape, dtype)
+    for start in range(0, value.shape[0], MERGED_ROWS):  # blocks that stay in cache
+        rows = slice(start, start + MERGED_ROWS)
+        out[rows] = (value[rows].astype(np.float32) + sum(b[rows] @ a for b, a in scaled)).astype(dtype)
+    return out
 
 
 def _expert_tensors(vectors: Mapping[str, TaskVector], layers: int) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trinityx_jax.convert.tensors import Stored
+from trinityx_jax.convert.tensors import Stored, contiguous
 from trinityx_jax.files import write_json
 
 SHARD_BYTES = 5_000_000_000
@@ -56,7 +56,7 @@ def write_file(path: Path, tensors: Mapping[str, Stored]) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name, stored in tensors.items():
-            value = np.ascontiguousarray(stored.read())
+            value = contiguous(stored.read())
             if value.shape != stored.shape or value.dtype != stored.dtype:
                 raise ValueError(f"{name}: announced {stored.shape} {stored.dtype}, got {value.shape} {value.dtype}")
             file.write(value.reshape(-1).view(np.uint8).data)

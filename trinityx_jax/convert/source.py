@@ -13,10 +13,8 @@ import numpy as np
 from trinityx_jax.backbone import Backbone, BackboneConfig
 from trinityx_jax.backbone.fingerprint import digest, positions
 from trinityx_jax.convert import hf
-from trinityx_jax.convert.tensors import Stored, finite
+from trinityx_jax.convert.tensors import Stored, copy_transposed, finite
 from trinityx_jax.errors import UserError
-
-ROWS = 32  # of a tensor, transposed together: the block stays in cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +93,7 @@ class Source:
             return
         value = self._raw(name)[index[::-1]]
         self._check_finite(name, value)
-        for start in range(0, value.shape[0], ROWS):
-            block = value[start : start + ROWS]
-            target[:, start : start + ROWS] = block.T.astype(target.dtype, copy=False)
+        copy_transposed(target, value)
 
     def check_repeated_head(self) -> None:
         """Raise UserError where a tied model's file repeats the embedding as a head that differs."""

@@ -23,6 +23,7 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _WRITERS = ("pt", "tf", "flax", "np", "mlx")  # what a file's metadata may name as its framework
+ROWS = 32  # of a matrix, transposed together: the block stays in cache
 PICKLES = (".bin", ".pt", ".pth")
 
 
@@ -159,6 +160,22 @@ def _index(file: Path) -> dict[str, str]:
         if Path(name).name != name or Path(name).suffix not in (".safetensors", *PICKLES):
             raise UserError(f"{file}: {name!r} is not the name of a shard in this folder")
     return index
+
+
+def copy_transposed(target: np.ndarray, value: np.ndarray) -> None:
+    """target[...] = value.T for two dimensions, cast, block by block: several times faster than in one go."""
+    for start in range(0, value.shape[0], ROWS):
+        block = value[start : start + ROWS]
+        target[:, start : start + ROWS] = block.T.astype(target.dtype, copy=False)
+
+
+def contiguous(value: np.ndarray) -> np.ndarray:
+    """The same values in C order; a view where they are so already."""
+    if value.ndim != 2 or value.flags.c_contiguous or not value.T.flags.c_contiguous:
+        return np.ascontiguousarray(value)
+    out = np.empty(value.shape, value.dtype)
+    copy_transposed(out, value.T)
+    return out
 
 
 def finite(values: np.ndarray) -> bool:
