@@ -94,6 +94,7 @@ _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_wind
 _NO_EFFECT = {
     "_name_or_path",
     "_model_name_or_path",
+    "_attn_implementation_autoset",
     "architectures",
     "dtype",
     "torch_dtype",
@@ -113,6 +114,7 @@ _NEUTRAL = {
     "mlp_bias": False,
     "use_sliding_window": False,
     "use_bidirectional_attention": False,
+    "use_mrope": False,
 }
 
 

@@ -145,7 +145,9 @@ def _download(hub_id: str, weights_only: bool) -> Path:
 
     patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README.md"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns + (["*.bin"] if weights_only else [])))
+        patterns += ["*.bin"] if weights_only else []
+        # "consolidated" files hold the same weights once more, under other names
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
     except HFValidationError:
         raise UserError(f"{hub_id}: no such file or folder, and not a hub id") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -21,6 +21,7 @@ from trinityx_jax.data.templates import Encoded, encode
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, gamma, init_expert, stack, unstack
 from trinityx_jax.mocae import Router, hidden_states, init_router, token_routing
+from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.calibration import calibrated_temperature, selected
 from trinityx_jax.runs import RunFolder, save_router
 from trinityx_jax.training.checkpoint import Checkpoints
@@ -161,13 +162,15 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     Writes ``router/``, ``metrics.jsonl`` and ``config-router.yaml`` in the run folder.
 
     Raises:
-        UserError: as ``train_experts``; or the experts' names differ from the configuration's.
+        UserError: as ``train_experts``; the experts' names differ from the configuration's, or they hold
+            attention deltas and it does not say what for.
         Stopped: a signal asked for it; state was saved.
     """
     names = config.experts.names
     if set(vectors) != set(names):
         raise UserError(f"experts: the configuration names {', '.join(names)}, found {', '.join(vectors)}")
     vectors = {name: vectors[name] for name in names}
+    check_policy(config.mocae_config(), {site: None for vector in vectors.values() for site in vector.sites})
     rows = load_training_rows(config, backbone)
     run = RunFolder(config.out)
     run.open(backbone, config.model)
