@@ -82,6 +82,7 @@ def tiny_tokenizer():
 def tiny_model(tmp_path_factory, tiny_tokenizer) -> Path:
     """A Hugging Face folder with a random two-layer LLaMA and its tokenizer; not to be changed in place."""
     import jax
+    import numpy as np
     from safetensors.numpy import save_file
 
     from trinityx_jax.backbone import BackboneConfig, init_params
@@ -107,7 +108,8 @@ def tiny_model(tmp_path_factory, tiny_tokenizer) -> Path:
     params = jax.tree.map(lambda x: 10 * x if x.std() else x, params)
     folder = tmp_path_factory.mktemp("tiny") / "model"
     folder.mkdir()
-    save_file(dict(hf.disassemble(config, params)), folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {n: np.ascontiguousarray(hf.from_tree(params, p)) for n, p in hf.places(config).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
     tiny_tokenizer.save_pretrained(folder)
     return folder

@@ -122,6 +122,9 @@ def test_a_router_over_adapters_of_peft(tiny_run: Path, tiny_config: Path, tmp_p
         adapted.save_pretrained(tmp_path / "adapters" / name)
     out = tmp_path / "run"
     args = ["train-router", str(tiny_config.with_name("router.yaml")), "--out", str(out)]
+    idle = ["train-router", str(tiny_config.with_name("router.yaml")), "--out", str(out)]
+    idle += ["--experts.from", str(tiny_run), "--mocae.attention_deltas", "drop"]
+    assert cli.main(idle) == 2 and "no expert holds attention deltas" in capsys.readouterr().err
     args += ["--experts.from", str(tmp_path / "adapters")]
     assert cli.main(args) == 2 and "mocae.attention_deltas" in capsys.readouterr().err
     assert not out.exists()

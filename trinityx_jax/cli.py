@@ -228,6 +228,7 @@ def export(
     name: str | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     push_to_hub: str | None = None,
+    private: bool = False,
 ) -> int:
     """Write a run's experts as PEFT adapters, a merged model, or the routed model for transformers.
 
@@ -241,11 +242,14 @@ def export(
         name: of the adapter that --weights makes (peft); by default "combined".
         dtype: of the model that is written; by default the run's (merged, mocae).
         push_to_hub: also upload the export to this hub id.
+        private: make the hub repository a private one.
     """
     from trinityx_jax.exports import export_run
 
     chosen = None if weights is None else _static_weights(None, weights)
-    for line in export_run(run, out, format, weights=chosen, rank=rank, name=name, dtype=dtype, repo=push_to_hub):
+    for line in export_run(
+        run, out, format, weights=chosen, rank=rank, name=name, dtype=dtype, repo=push_to_hub, private=private
+    ):
         print(line)
     return OK
 

@@ -11,7 +11,6 @@ import yaml
 from trinityx_jax.config import NAME
 from trinityx_jax.convert import export, hub
 from trinityx_jax.convert.cards import Facts
-from trinityx_jax.convert.fetch import HUB_ID, SMOLLM2
 from trinityx_jax.convert.load import open_source
 from trinityx_jax.convert.source import Source
 from trinityx_jax.errors import UserError
@@ -20,6 +19,7 @@ from trinityx_jax.files import read_json
 from trinityx_jax.runs import RunFolder, check_base, load_experts, load_router
 
 COMBINED = "combined"
+FORMATS = ("peft", "merged", "mocae")
 
 
 def export_run(
@@ -32,6 +32,7 @@ def export_run(
     name: str | None = None,
     dtype: str | None = None,
     repo: str | None = None,
+    private: bool = False,
 ) -> list[str]:
     """Export a run as ``peft``, ``merged`` or ``mocae``; the base is read tensor by tensor, never loaded.
 
@@ -40,7 +41,7 @@ def export_run(
         rank: peft: truncate to this rank, by SVD.
         name: peft with weights: the adapter's name.
         dtype: merged, mocae: of what is written; None is the run's.
-        repo: hub id that the export is uploaded to as well.
+        repo: hub id that the export is uploaded to as well; ``private``: to a repository that is made so.
 
     Returns:
         lines for the user: what was lost, what was written.
@@ -50,6 +51,8 @@ def export_run(
             another one; the place cannot be written; the hub refuses.
     """
     _check_options(format, weights, rank, name, dtype)
+    if private and repo is None:
+        raise UserError("--private: has no effect without --push-to-hub")
     if repo is not None:
         hub.check_id(repo)
     folder, out = RunFolder(run), Path(out)
@@ -74,10 +77,12 @@ def export_run(
         if rank is not None:
             vectors, errors = export.truncate(vectors, rank)
             lines += [f"{n}: rank {rank}, relative error {error:.2e}" for n, error in errors.items()]
-        written = export.export_peft(vectors, source, out, base["model"], facts, repo)
+        written = export.export_peft(vectors, source, out, facts.base, facts, repo)
         lines += [f"wrote {path}" for path in written]
+        if not facts.on_hub and not (Path(base["model"]) / "model.safetensors").exists():
+            lines.append(f"note: the adapters name {base['model']} as their base, which peft may not be able to load")
     if repo is not None:
-        lines.append(f"pushed to {hub.push(out, repo)}")
+        lines.append(f"pushed to {hub.push(out, repo, private)}")
     return lines
 
 
@@ -91,22 +96,23 @@ def combined(vectors: Mapping[str, TaskVector], weights: Mapping[str, float]) ->
 
 def facts_of(run: RunFolder, source: Source) -> Facts:
     """What a run knows for its exports' cards: base, data, metrics, licence."""
-    model = run.info()["base"]["model"]
-    named = HUB_ID if model == SMOLLM2 else str(source.extras.get("source", model))
-    base = named if "/" in named else model
-    return Facts(base, source.extras.get("license"), _data(run), _metrics(run))
+    hub_id = source.extras.get("hub_id")
+    base = hub_id or run.info()["base"]["model"]
+    data = _data(run, "experts")
+    return Facts(base, source.extras.get("license"), hub_id is not None, data, _data(run, "router"), _metrics(run))
 
 
-def _data(run: RunFolder) -> dict[str, str]:
-    out: dict[str, str] = {}
-    counts = (run.done("experts") or {}).get("rows", {})
-    path = run.path / "config-experts.yaml"
+def _data(run: RunFolder, stage: str) -> dict[str, str]:
+    """Where a stage's rows came from, by objective; nothing where the run did not do that stage."""
+    path = run.path / f"config-{stage}.yaml"
     if not path.exists():
-        path = run.path / "config-router.yaml"
-    if path.exists():
-        for name, data in yaml.safe_load(path.read_text(encoding="utf-8"))["data"].items():
-            rows = f", {counts[name]} rows" if name in counts else ""
-            out[name] = f"`{data['source']}` ({data['format']}, split {data['split']}{rows})"
+        return {}
+    counts = (run.done(stage) or {}).get("rows", {})
+    out = {}
+    for name, data in yaml.safe_load(path.read_text(encoding="utf-8"))["data"].items():
+        count = counts.get(name)
+        rows = "" if count is None else f", {count[0] if isinstance(count, list) else count} rows"
+        out[name] = f"`{data['source']}` ({data['format']}, split {data['split']}{rows})"
     return out
 
 
@@ -133,6 +139,8 @@ def _check_options(
     format: str, weights: Mapping[str, float] | None, rank: int | None, name: str | None, dtype: str | None
 ) -> None:
     given = {"--weights": weights, "--rank": rank, "--name": name, "--dtype": dtype}
+    if format not in FORMATS:
+        raise UserError(f"--format {format}: not one of {', '.join(FORMATS)}")
     allowed = {"peft": {"--weights", "--rank", "--name"}, "merged": {"--weights", "--dtype"}, "mocae": {"--dtype"}}
     for flag, value in given.items():
         if value is not None and flag not in allowed[format]:

@@ -160,7 +160,10 @@ def load_expert(folder: Path) -> TaskVector:
 
 
 def load_experts(
-    path: str | Path | Mapping[str, str], fingerprint: str | None = None, config: BackboneConfig | None = None
+    path: str | Path | Mapping[str, str],
+    fingerprint: str | None = None,
+    config: BackboneConfig | None = None,
+    weights_only: bool = False,
 ) -> dict[str, TaskVector]:
     """Experts by name, in the run's order: of a run, of its ``experts`` folder, or a single one.
 
@@ -169,6 +172,7 @@ def load_experts(
         fingerprint: the base they are to be used on; None does not check.
         config: that base's geometry, to check shapes by. PEFT adapters, which carry no fingerprint, are
             made as deep as the base.
+        weights_only: read adapters that are pickles, by torch's reader for weights; they are refused otherwise.
 
     Raises:
         UserError: there is no expert, one is damaged or does not fit, or one was trained on another base.
@@ -182,7 +186,7 @@ def load_experts(
         folders = _expert_folders(Path(path))
     vectors = {}
     for name, folder in folders.items():
-        vectors[name] = load_peft(folder, config) if is_adapter(folder) else load_expert(folder)
+        vectors[name] = load_peft(folder, config, weights_only) if is_adapter(folder) else load_expert(folder)
     for name, vector in vectors.items():
         check_base(f"expert {name!r}", vector.origin.get("base"), fingerprint)
         if config is not None:

@@ -89,6 +89,27 @@ def test_logits_and_greedy_tokens(tmp_path, random_hf, family):
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("family", ["llama3", "mistral", "gemma", "qwen2"])
+def test_bfloat16_is_as_close_as_theirs(tmp_path, random_hf, family):
+    """In bfloat16 no implementation is exact: against float32, ours may err as much as transformers', not twice."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = random_hf(tmp_path / "wide", family, "bfloat16").float()
+    model.save_pretrained(tmp_path / "wide")  # numbers that bfloat16 holds, in float32
+    rows = np.random.default_rng(3).integers(3, VOCABULARY, size=(8, 24))
+    wide, narrow = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=kind).eval()
+        for kind in (torch.float32, torch.bfloat16)
+    )
+    with torch.no_grad():
+        exact, theirs = (m(torch.tensor(rows)).logits.float().numpy() for m in (wide, narrow))
+    ours = np.asarray(tx.forward(load_backbone(tmp_path / "wide", "bfloat16"), rows)[0])
+    error, allowed = (float(np.sqrt(np.mean((x - exact) ** 2))) for x in (ours, theirs))
+    assert 0 < error <= 2 * allowed
+
+
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("family", "field", "value"),
     [

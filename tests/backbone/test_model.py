@@ -223,6 +223,8 @@ def test_theta_is_never_silent(caplog):
         ({"head_dim": 33}, "head_dim 33"),
         ({"rope_theta": "big"}, "rope_theta"),
         ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0}}, "contradict"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}}, "two types"),
     ],
     ids=str,
 )

@@ -157,7 +157,7 @@ def write_base(backbone: Backbone, folder) -> None:
     from safetensors.numpy import save_file
 
     folder.mkdir()
-    tensors = dict(hf.disassemble(backbone.config, backbone.params))
+    tensors = {n: np.ascontiguousarray(hf.from_tree(backbone.params, p)) for n, p in hf.places(backbone.config).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(backbone.config.to_hf()))
 

@@ -160,6 +160,13 @@ def test_refusals_leave_the_export(tiny_run, tmp_path, hub):
     with pytest.raises(UserError, match="not a hub id"):
         export_run(tiny_run, tmp_path / "out", "peft", repo="not an id/at/all")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "secret.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"secret\.txt, which would be uploaded"):
+        export_run(tiny_run, tmp_path / "mine", "peft", repo="someone/tiny-peft")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["secret.txt"]
+    with pytest.raises(UserError, match="--private"):
+        export_run(tiny_run, tmp_path / "mine", "peft", private=True)
     code = PUSH.replace("assert code == 0, kind", "sys.exit(code)")
     home = tmp_path / "home"
     unknown = run(hub, home, "import os, sys; os.environ['HF_TOKEN'] = 'hf_wrong'" + code, tiny_run, tmp_path / "out")

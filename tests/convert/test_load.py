@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 import trinityx_jax as tx
 from trinityx_jax.backbone.fingerprint import fingerprint
 from trinityx_jax.convert import hf, store
-from trinityx_jax.convert.load import convert, load_backbone, load_tokenizer, open_source
+from trinityx_jax.convert.load import convert, load_backbone, open_source
+from trinityx_jax.convert.tokenizer import load_tokenizer
 from trinityx_jax.errors import UserError
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -69,7 +70,7 @@ def refused(source, *named, **settings) -> str:
 def test_hugging_face_folder(tiny_model, tiny_tokenizer):
     backbone = tx.load_backbone(str(tiny_model))
     tensors = load_file(tiny_model / "model.safetensors")
-    back = dict(hf.disassemble(backbone.config, backbone.params))
+    back = {n: np.ascontiguousarray(hf.from_tree(backbone.params, p)) for n, p in hf.places(backbone.config).items()}
     assert back.keys() == tensors.keys()
     assert all((back[name] == value).all() and back[name].dtype == value.dtype for name, value in tensors.items())
     assert backbone.tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
@@ -238,7 +239,7 @@ def test_shards(folder):
 
 def test_pickles_are_not_read_unasked(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, folder, "pytorch_model.bin", "pickle", "--weights-only")
+    refused(folder, folder, "pytorch_model.bin", "pickle", "convert --weights-only")
     (folder / "pytorch_model.bin").unlink()
     refused(folder, folder, "no model.safetensors")
 
@@ -531,3 +532,29 @@ def test_converting_a_damaged_source_leaves_nothing(tmp_path, folder):
 def test_tokenizer_alone(tiny_model, tmp_path):
     assert load_tokenizer(tmp_path) is None
     assert len(load_tokenizer(tiny_model)) == 1024
+
+
+def test_every_chunk_is_read_once(tmp_path, converted, monkeypatch):
+    """A leaf without layers goes from one converted form to the next in chunks, none of which is read twice."""
+    rows: dict[str, int] = {}
+    monkeypatch.setattr(store, "CHUNK_BYTES", 2**14)
+    read = store._read_piece
+
+    def counted(folder, place, part):
+        rows[place.path[0]] = rows.get(place.path[0], 0) + part.stop - part.start
+        assert part.stop - part.start <= 128 or place.path[0] == "blocks"
+        return read(folder, place, part)
+
+    monkeypatch.setattr(store, "_read_piece", counted)
+    again = convert(converted, tmp_path / "out")
+    assert rows["embed"] == rows["lm_head"] == again.config.vocab_size
+    assert load_backbone(tmp_path / "out").fingerprint == load_backbone(converted).fingerprint
+
+
+def test_what_the_narrower_dtype_cannot_hold(folder, tmp_path):
+    """3.4e38 rounds to infinity in bfloat16: refused, not written."""
+    rewrite(folder, lambda t: t | {QUERY: np.full_like(t[QUERY], 3.4e38)})
+    load_backbone(folder)
+    with pytest.raises(UserError, match="not finite"):
+        convert(folder, tmp_path / "out", "bfloat16")
+    assert not (tmp_path / "out").exists()

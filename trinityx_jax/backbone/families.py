@@ -97,6 +97,7 @@ _NO_EFFECT = {
     "_attn_implementation_autoset",
     "architectures",
     "dtype",
+    "tokenizer_class",
     "torch_dtype",
     "initializer_range",
     "is_llama_config",
@@ -242,22 +243,24 @@ def _gemma_activation(values: dict[str, Any], newer: str | None) -> None:
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Remove every spelling of the rope settings from ``config``; theta and the scaling."""
-    theta, scaling = config.pop("rope_theta", None), None
+    thetas, scalings = [config.pop("rope_theta", None)], []
     for name in ("rope_parameters", "rope_scaling"):
         settings = config.pop(name, None) or {}
         if not isinstance(settings, Mapping):
             raise UserError(f"{where}: field {name!r} = {settings!r} is not a JSON object")
         settings = dict(settings)
-        found = settings.pop("rope_theta", None)
-        theta = found if found is not None else theta
-        kind = settings.pop("rope_type", settings.pop("type", "default"))
-        settings.pop("type", None)
+        thetas.append(settings.pop("rope_theta", None))
+        kinds = {settings.pop(key) for key in ("rope_type", "type") if isinstance(settings.get(key), str)}
+        if len(kinds) > 1:
+            raise UserError(f"{where}: {name} gives two types, {' and '.join(sorted(kinds))}")
         if settings.get("partial_rotary_factor") == 1.0:
             del settings["partial_rotary_factor"]
-        found = parse_scaling(kind, settings, f"{where}: {name}")
-        if found and scaling and found != scaling:
-            raise UserError(f"{where}: rope_parameters and rope_scaling say different things")
-        scaling = found or scaling
+        found = parse_scaling(kinds.pop() if kinds else "default", settings, f"{where}: {name}")
+        scalings += [found] if found else []
+    given = [theta for theta in thetas if theta is not None]
+    if any(theta != given[0] for theta in given) or any(scaling != scalings[0] for scaling in scalings):
+        raise UserError(f"{where}: rope_theta, rope_parameters and rope_scaling contradict each other")
+    theta, scaling = given[0] if given else None, scalings[0] if scalings else None
     if theta is None:
         log.warning("%s has no rope theta: using the documented default %g", where, DEFAULT_THETA)
         theta = DEFAULT_THETA

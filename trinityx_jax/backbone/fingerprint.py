@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from trinityx_jax.backbone.config import BackboneConfig
@@ -42,5 +42,5 @@ def digest(config: BackboneConfig, values: Mapping[tuple[str, ...], np.ndarray])
     out = hashlib.sha256(json.dumps(geometry, sort_keys=True, default=dataclasses.asdict).encode())
     for path in sorted(values):
         out.update("/".join(path).encode())
-        out.update(values[path].astype(ml_dtypes.bfloat16).tobytes())
+        out.update(values[path].astype(jnp.bfloat16).tobytes())
     return out.hexdigest()

@@ -12,6 +12,8 @@ import numpy as np
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.mocae import Router
 
+MARK = "LoRA adapters, one a folder"  # by which a card of several adapters is known as ours
+ROUTER_DATA = "Training data of the router"
 NOT_EVALUATED = "The merge itself was not evaluated; for comparison, its base:"
 
 
@@ -19,13 +21,16 @@ NOT_EVALUATED = "The merge itself was not evaluated; for comparison, its base:"
 class Facts:
     """What a card says beyond the weights.
 
-    base: hub id or path of the base model. data: objective -> where its rows come from. metrics: held-out
-    (system, objective, measure, value, low, high, n), the system named as the run names it.
+    base: hub id (then ``on_hub``) or path of the base model. data: objective -> where its expert's rows come
+    from; router_data: the router's. metrics: held-out (system, objective, measure, value, low, high, n), the
+    system named as the run names it.
     """
 
     base: str
     licence: str | None = None
+    on_hub: bool = False
     data: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    router_data: Mapping[str, str] = dataclasses.field(default_factory=dict)
     metrics: Sequence[tuple[str, str, str, float, float, float, int]] = ()
 
 
@@ -60,7 +65,7 @@ def adapters_card(vectors: Mapping[str, TaskVector], facts: Facts, repo: str) ->
     return f"""{_front_matter(facts, base_model=facts.base, library_name="peft", tags=["lora", "trinityx"])}
 # {repo.rpartition("/")[2]}
 
-LoRA adapters, one a folder: TrinityX experts (task vectors) on one base model.
+{MARK}: TrinityX experts (task vectors) on one base model.
 
 - Base model: {facts.base}
 
@@ -138,19 +143,19 @@ print(model(**inputs, output_routing=True).routing.shape)  # [batch, sequence, l
 
 `trust_remote_code` runs `modeling_trinityx.py` of this folder: read it first. It needs transformers 5 or later.
 
-{_data(facts.data)}{_metrics(facts, ["base", "MoCaE"])}{_licence(facts)}"""
+{_data(facts.data)}{_data(facts.router_data, ROUTER_DATA)}{_metrics(facts, ["base", "MoCaE"])}{_licence(facts)}"""
 
 
 def _front_matter(facts: Facts, **fields: Any) -> str:
-    if fields.get("base_model", "").count("/") != 1 or fields["base_model"].startswith((".", "/")):
-        fields.pop("base_model", None)  # the hub takes ids only
+    if not facts.on_hub:  # the hub takes ids only, and would link a path to a stranger's model
+        fields.pop("base_model", None)
     fields |= {"license": facts.licence} if facts.licence else {}
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in fields.items()) + "---\n"
 
 
-def _data(data: Mapping[str, str]) -> str:
-    rows = "\n".join(f"- {name}: {text}" for name, text in data.items()) or "Not recorded."
-    return f"## Training data\n\n{rows}\n\n"
+def _data(data: Mapping[str, str], title: str = "Training data") -> str:
+    rows = "\n".join(f"- {name}: {text}" for name, text in data.items()) or "Not recorded here."
+    return f"## {title}\n\n{rows}\n\n"
 
 
 def _metrics(facts: Facts, systems: Sequence[str], note: str = "") -> str:

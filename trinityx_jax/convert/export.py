@@ -62,6 +62,8 @@ def export_peft(
     folders = [out / name for name in vectors]
     for folder in folders:
         _check_replaceable(folder, CONFIG)
+    if repo is not None:
+        _check_uploadable(out, vectors)
     with contextlib.ExitStack() as stack:  # all are complete before the first gets its name
         for folder, (name, vector) in zip(folders, vectors.items(), strict=True):
             settings, fold = peft_settings(vector, base_model)
@@ -87,7 +89,8 @@ def export_merged(
     """theta_0 + sum_i w_i T_i as a plain checkpoint of the base's family, which needs no code of ours.
 
     Args:
-        weights: by expert; others do not take part. The sum is made in float32, layer by layer.
+        weights: by expert; others do not take part, and none at all is the base as it is. The sum is made in
+            float32, part by part.
         dtype: of what is written; None is the base's.
         name: what the card calls it (a hub id); None is the folder's name.
 
@@ -102,7 +105,8 @@ def export_merged(
         if expert not in vectors:
             raise UserError(f"export: there is no expert {expert!r} (experts: {', '.join(vectors)})")
     chosen = {expert: vectors[expert] for expert in weights}
-    _check_vectors(chosen, base.config)
+    if chosen:
+        _check_vectors(chosen, base.config)
     _check_replaceable(out, MERGED)
     kind = base.dtype(dtype)
     facts = facts or Facts(str(base.extras.get("source", base.where)), base.extras.get("license"))
@@ -154,9 +158,10 @@ def export_mocae(
         for hf_name, place in base.places.items()
     }
     layers = base.config.num_layers
-    extra = _expert_tensors(ordered, layers) | _router_tensors(router, layers)
+    tensors |= _expert_tensors(ordered, layers)
+    tensors |= {key: held(value) for key, value in _router_tensors(router, layers).items()}
     with atomic_dir(out) as staging:
-        write_shards(staging, tensors | {key: held(value) for key, value in extra.items()})
+        write_shards(staging, tensors)
         write_json(staging / "config.json", _mocae_config(base.config, ordered, router, str(kind)))
         _write_companions(staging, base)
         shutil.copyfile(Path(__file__).parent / "mocae_hf" / MODELING, staging / MODELING)
@@ -191,6 +196,15 @@ def _check_replaceable(folder: Path, marker: str) -> None:
         raise UserError(f"{folder}: holds other files, an export replaces the whole folder; choose a new one")
 
 
+def _check_uploadable(out: Path, names: Mapping[str, Any]) -> None:
+    """A folder goes to a hub whole, so one that holds anything but this export is refused."""
+    card = out / "README.md"
+    ours = {*names, *(["README.md"] if card.exists() and cards.MARK in card.read_text(encoding="utf-8") else [])}
+    others = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.is_dir() else []
+    if others:
+        raise UserError(f"{out}: holds {others[0]}, which would be uploaded too; choose a new folder")
+
+
 def _numpy_sites(vector: TaskVector) -> dict[str, dict[str, np.ndarray]]:
     return {s: {k: np.asarray(x, np.float32) for k, x in site.items()} for s, site in vector.sites.items()}
 
@@ -210,33 +224,52 @@ def _attention(router: Router, vectors: Mapping[str, TaskVector]) -> list[tuple[
     return [(weight, _numpy_sites(TaskVector(sites))) for weight, sites in zip(gamma, held, strict=True)]
 
 
-def _merged(base: Source, name: str, place: hf.Place, factors: list[tuple[float, dict]], dtype: np.dtype) -> np.ndarray:
-    """One tensor of the base in Hugging Face's layout, with the deltas that fall on it."""
+def _merged(
+    base: Source, name: str, place: hf.Place, factors: list[tuple[float, dict]], dtype: np.dtype, rows: slice
+) -> np.ndarray:
+    """Rows of one tensor of the base in Hugging Face's layout, with the deltas that fall on it."""
     site = place.path[1] if place.path[0] == "blocks" and place.path[-1] == "kernel" else None
-    deltas = [(weight, sites[site]) for weight, sites in factors if site in sites]
-    value = contiguous(base.read(name))
+    deltas = [(weight * sites[site]["scale"][place.layer], sites[site]) for weight, sites in factors if site in sites]
+    deltas = [(scale, leaf) for scale, leaf in deltas if scale != 0]
+    value = contiguous(base.read(name, dtype if not deltas else None, rows))
     if not deltas:
-        return value.astype(dtype, copy=False)
-    scaled = [
-        (weight * leaf["scale"][place.layer] * leaf["b"][place.layer].T, leaf["a"][place.layer].T)
-        for weight, leaf in deltas
-    ]
+        return value
+    scaled = [(scale * leaf["b"][place.layer][:, rows].T, leaf["a"][place.layer].T) for scale, leaf in deltas]
     out = np.empty(value.shape, dtype)
     for start in range(0, value.shape[0], MERGED_ROWS):  # blocks that stay in cache
-        rows = slice(start, start + MERGED_ROWS)
-        out[rows] = (value[rows].astype(np.float32) + sum(b[rows] @ a for b, a in scaled)).astype(dtype)
+        block = slice(start, start + MERGED_ROWS)
+        out[block] = (value[block].astype(np.float32) + sum(b[block] @ a for b, a in scaled)).astype(dtype)
     return out
 
 
-def _expert_tensors(vectors: Mapping[str, TaskVector], layers: int) -> dict[str, np.ndarray]:
+def _expert_tensors(vectors: Mapping[str, TaskVector], layers: int) -> dict[str, Stored]:
     """Per layer and site a [E,in,R], b [E,R,out], scale [E]; unequal ranks are padded with zeros."""
-    stacked = jax.tree.map(lambda x: np.asarray(x, np.float32), stack(list(vectors.values())))
-    return {
-        f"model.layers.{layer}.mlp.experts.{site}.{key}": value[layer]
-        for layer in range(layers)
-        for site, leaf in stacked.items()
-        for key, value in leaf.items()
+    shapes = {
+        site: {key: x.shape[1:] for key, x in leaf.items()}
+        for site, leaf in jax.eval_shape(lambda: stack(list(vectors.values()))).items()
     }
+    return {
+        f"model.layers.{layer}.mlp.experts.{site}.{key}": Stored(
+            shape,
+            np.dtype(np.float32),
+            functools.partial(_expert_rows, list(vectors.values()), layer, site, key, shape),
+        )
+        for layer in range(layers)
+        for site, leaf in shapes.items()
+        for key, shape in leaf.items()
+    }
+
+
+def _expert_rows(
+    vectors: list[TaskVector], layer: int, site: str, key: str, shape: tuple[int, ...], rows: slice
+) -> np.ndarray:
+    """Some experts' part of a stacked tensor."""
+    out = np.zeros((len(vectors[rows]), *shape[1:]), np.float32)
+    for index, vector in enumerate(vectors[rows]):
+        if site in vector.sites:
+            value = np.asarray(vector.sites[site][key][layer], np.float32)
+            out[(index, *(slice(0, n) for n in value.shape))] = value
+    return out
 
 
 def _router_tensors(router: Router, layers: int) -> dict[str, np.ndarray]:

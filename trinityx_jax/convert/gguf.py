@@ -119,17 +119,18 @@ class GGUF:
             out[f"{self._hf_name(stem)}.{suffix}"] = Stored(shape, np.dtype(np.float32), read)
         return out
 
-    def _dequantise(self, tensor: Any, config: BackboneConfig) -> np.ndarray:
-        """One tensor in float32; q and k rows go back to the half-split layout."""
+    def _dequantise(self, tensor: Any, config: BackboneConfig, rows: slice) -> np.ndarray:
+        """Rows of one tensor in float32; q and k rows go back to the half-split layout."""
         import gguf
 
+        heads = {".attn_q.": config.num_heads, ".attn_k.": config.num_kv_heads}
+        permuted = next((count for part, count in heads.items() if part in tensor.name), None)
         try:
-            value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+            data = tensor.data if permuted else tensor.data[rows]
+            value = np.asarray(gguf.dequantize(data, tensor.tensor_type), np.float32)
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"{self.path}: tensor {tensor.name!r} cannot be dequantised ({error})") from error
-        if ".attn_q." in tensor.name:
-            return unpermute(value, config.num_heads)
-        return unpermute(value, config.num_kv_heads) if ".attn_k." in tensor.name else value
+        return unpermute(value, permuted)[rows] if permuted else value
 
     def _hf_name(self, stem: str) -> str:
         if stem in _TOP:

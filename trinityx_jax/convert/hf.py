@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,19 +73,13 @@ def leaves(config: BackboneConfig) -> Sequence[tuple[Path, tuple[int, ...]]]:
     return [(tuple(k.key for k in path if hasattr(k, "key")), leaf.shape) for path, leaf in flat]
 
 
-def disassemble(config: BackboneConfig, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """A base tree as Hugging Face (name, tensor) pairs in the leaves' dtype."""
-    for name, place in places(config).items():
-        yield name, np.ascontiguousarray(from_tree(params, place))
-
-
-def from_tree(params: Mapping[str, Any], place: Place) -> np.ndarray:
-    """One tensor of a base tree in Hugging Face's layout."""
+def from_tree(params: Mapping[str, Any], place: Place, rows: slice = slice(None)) -> np.ndarray:
+    """Rows of one tensor of a base tree, in Hugging Face's layout."""
     leaf: Any = params
     for key in place.path:
         leaf = leaf[key]
-    value = np.asarray(leaf if place.layer is None else leaf[place.layer])
-    return value.T if place.transposed else value
+    value = leaf if place.layer is None else leaf[place.layer]
+    return np.asarray(value[:, rows]).T if place.transposed else np.asarray(value[rows])
 
 
 def nest(flat: Mapping[Path, Any], wrap: Callable[[Any], Any] = lambda x: x) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def check_id(repo: str) -> None:
         raise UserError(f"--push-to-hub {repo}: not a hub id ({' '.join(str(error).split())})") from None
 
 
-def push(folder: Path, repo: str) -> str:
+def push(folder: Path, repo: str, private: bool = False) -> str:
     """Upload a folder as a model repository, made where there is none; returns its address.
 
     Files that stand there already are replaced or kept, never removed.
@@ -30,7 +30,7 @@ def push(folder: Path, repo: str) -> str:
 
     api = HfApi()
     try:
-        made = api.create_repo(repo, exist_ok=True)
+        made = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="TrinityX export")
     except Exception as error:  # the client passes on whatever its HTTP library of the day raises
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,10 +12,11 @@ import yaml
 from trinityx_jax.backbone import Backbone, BackboneConfig
 from trinityx_jax.backbone.fingerprint import fingerprint
 from trinityx_jax.convert import hf, store
-from trinityx_jax.convert.fetch import SMOLLM2, smollm2_gguf
+from trinityx_jax.convert.fetch import HUB_ID, SMOLLM2, smollm2_gguf
 from trinityx_jax.convert.gguf import GGUF
 from trinityx_jax.convert.source import Source, materialise
-from trinityx_jax.convert.tensors import folder_tensors
+from trinityx_jax.convert.tensors import folder_tensors, read_index
+from trinityx_jax.convert.tokenizer import load_tokenizer
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import read_json
 from trinityx_jax.parallel.sharding import base_shardings
@@ -81,7 +82,7 @@ def open_source(src: str | Path, trust_remote_code: bool = False, weights_only: 
     """A base model as a ``Source``, checked as far as its headers tell; arguments as ``load_backbone``."""
     path = Path(src)
     if str(src) == SMOLLM2 and not path.exists():
-        path = smollm2_gguf()
+        return _open_gguf(smollm2_gguf(), HUB_ID)
     if path.suffix == ".gguf":
         return _open_gguf(path)
     if path.is_dir():
@@ -98,16 +99,18 @@ def _default_dtype(src: str | Path) -> str | None:
     return "float32" if str(src) == SMOLLM2 or Path(src).suffix == ".gguf" else None
 
 
-def _open_gguf(path: Path) -> Source:
+def _open_gguf(path: Path, hub_id: str | None = None) -> Source:
     file = GGUF(path)
     config = BackboneConfig.from_hf(file.hf_config(), str(path))
-    extras = {"source": path.name, "license": file.fields.get("general.license")}
+    extras = {"source": path.name, "license": file.fields.get("general.license"), "hub_id": hub_id}
     return Source(str(path), config, file.stored(config), file.tokenizer, extras)
 
 
 def _open_folder(folder: Path, trust_remote_code: bool, weights_only: bool, hub_id: str | None = None) -> Source:
     config = BackboneConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     extras: dict[str, Any] = {"source": hub_id or folder.name}
+    if hub_id is not None:
+        extras["hub_id"] = hub_id
     if (licence := _licence(folder)) is not None:
         extras["license"] = licence
     if (folder / "generation_config.json").exists():
@@ -126,28 +129,21 @@ def _licence(folder: Path) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The folder's tokenizer, or None where it holds none."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds; each means this folder's tokenizer is unusable
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)})") from error
-
-
 def _download(hub_id: str, weights_only: bool) -> Path:
-    """Fetch a hub model's weights, configuration, tokenizer and card into the hub's own cache."""
+    """Fetch what a hub model's folder needs into the hub's own cache; of the weights, only what is read."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README.md"]
     try:
-        patterns += ["*.bin"] if weights_only else []
-        # "consolidated" files hold the same weights once more, under other names
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "tokenizer.model", "*.jinja", "README.md"]))
+        if (folder / "model.safetensors.index.json").exists():
+            wanted = sorted(set(read_index(folder / "model.safetensors.index.json").values()))
+        else:
+            wanted = ["model.safetensors"]
+        folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
+        if weights_only and not all((folder / name).exists() for name in wanted):
+            folder = Path(snapshot_download(hub_id, allow_patterns=["pytorch_model*.bin"]))
+        return folder
     except HFValidationError:
         raise UserError(f"{hub_id}: no such file or folder, and not a hub id") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from trinityx_jax.backbone import BackboneConfig
 from trinityx_jax.convert.hf import MODULES
-from trinityx_jax.convert.tensors import Stored, finite, pickle_file, safetensors_file
+from trinityx_jax.convert.tensors import ALL, Stored, finite, pickle_file, safetensors_file
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import SITES, TaskVector
 from trinityx_jax.experts.lora import check_fits
@@ -159,15 +159,43 @@ def _check_settings(settings: Any, where: str) -> None:
         if name in _NO_EFFECT | _HONOURED | {"init_lora_weights"} or value in _EMPTY:
             continue
         raise UserError(f"{where}: field {name!r} = {value!r} is not supported")
-    for name in ("r", "lora_alpha"):
-        value = settings.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{where}: field {name!r} = {value!r} is not a number")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(settings.get(name) or {}, dict):
-            raise UserError(f"{where}: field {name!r} is not a mapping from modules to numbers")
-    if not isinstance(settings.get("target_modules"), str | list):
-        raise UserError(f"{where}: field 'target_modules' is missing, or neither a name nor a list of names")
+    kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "r": ("a positive whole number", _is_rank),
+        "lora_alpha": ("a number", _is_number),
+        "rank_pattern": ("a mapping from modules to ranks", lambda x: _is_mapping(x, _is_rank)),
+        "alpha_pattern": ("a mapping from modules to numbers", lambda x: _is_mapping(x, _is_number)),
+        "use_rslora": ("true or false", lambda x: isinstance(x, bool | None)),
+        "target_modules": ("a name or a list of names", lambda x: isinstance(x, str) or _is_list(x, str)),
+        "exclude_modules": ("a name or a list of names", lambda x: isinstance(x, str | None) or _is_list(x, str)),
+        "layers_to_transform": ("a layer or a list of layers", lambda x: isinstance(x, int | None) or _is_list(x, int)),
+        "layers_pattern": ("a name or a list of names", lambda x: isinstance(x, str | None) or _is_list(x, str)),
+    }
+    for name, (kind, fits) in kinds.items():
+        if not fits(settings.get(name)):
+            raise UserError(f"{where}: field {name!r} = {settings.get(name)!r} is not {kind}")
+    for name in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"):
+        value = settings.get(name) or ()
+        for pattern in [value] if isinstance(value, str) else value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{where}: field {name!r}: {pattern!r} is not an expression ({error})") from None
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_mapping(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return value is None or (isinstance(value, dict) and all(fits(x) for x in value.values()))
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(x) is kind for x in value)
 
 
 def _tensors(folder: Path, weights_only: bool) -> dict[str, Stored]:
@@ -177,7 +205,7 @@ def _tensors(folder: Path, weights_only: bool) -> dict[str, Stored]:
     if not pickled.exists():
         raise UserError(f"{folder}: no {WEIGHTS}")
     if not weights_only:
-        raise UserError(f"{pickled}: is a pickle, which is read only where weights_only asks for it")
+        raise UserError(f"{pickled}: is a pickle, which is read only by load_experts(..., weights_only=True)")
     return pickle_file(pickled)
 
 
@@ -188,9 +216,9 @@ def _modules(tensors: Mapping[str, Stored], where: str) -> dict[tuple[int, str],
         match = _KEY.fullmatch(key)
         if match is None or match[3] not in _SITE:
             raise UserError(f"{where}: tensor {key!r} is not a LoRA factor of a projection that this model has")
-        value = stored.read()
-        if value.ndim != 2:
-            raise UserError(f"{where}: tensor {key!r} has shape {value.shape}, a LoRA factor has two dimensions")
+        if len(stored.shape) != 2:
+            raise UserError(f"{where}: tensor {key!r} has shape {stored.shape}, a LoRA factor has two dimensions")
+        value = stored.read(ALL)
         if not finite(value):
             raise UserError(f"{where}: tensor {key!r} holds a value that is not finite (NaN or infinity)")
         parts.setdefault((int(match[2]), _SITE[match[3]]), {})[match[4]] = value
@@ -226,7 +254,9 @@ def _is_target(settings: Mapping[str, Any], name: str, layer: int) -> bool:
     if _matches(excluded, name):
         return False
     targets = settings["target_modules"]
-    if targets == "all-linear":
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return True
+    if isinstance(targets, list) and name in targets:  # a whole name says its layer
         return True
     if not _matches(targets, name):
         return False

@@ -17,7 +17,7 @@ _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Stored]) -> None:
-    """``model.safetensors``, or several files with an index, in the mapping's order; one tensor is in memory."""
+    """``model.safetensors``, or several files with an index, in the mapping's order, part by part."""
     shards: list[dict[str, Stored]] = [{}]
     size = 0
     for name, stored in tensors.items():
@@ -56,10 +56,12 @@ def write_file(path: Path, tensors: Mapping[str, Stored]) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name, stored in tensors.items():
-            value = contiguous(stored.read())
-            if value.shape != stored.shape or value.dtype != stored.dtype:
-                raise ValueError(f"{name}: announced {stored.shape} {stored.dtype}, got {value.shape} {value.dtype}")
-            file.write(value.reshape(-1).view(np.uint8).data)
+            for rows in stored.row_blocks():
+                value = contiguous(stored.read(rows))
+                shape = (rows.stop - rows.start, *stored.shape[1:])
+                if value.shape != shape or value.dtype != stored.dtype:
+                    raise ValueError(f"{name}: announced {shape} {stored.dtype}, got {value.shape} {value.dtype}")
+                file.write(value.reshape(-1).view(np.uint8).data)
 
 
 def _bytes(stored: Stored) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from trinityx_jax.backbone import Backbone, BackboneConfig
 from trinityx_jax.backbone.fingerprint import digest, positions
 from trinityx_jax.convert import hf
-from trinityx_jax.convert.tensors import Stored, copy_transposed, finite
+from trinityx_jax.convert.tensors import ALL, Stored, copy_transposed, finite
 from trinityx_jax.errors import UserError
 
 
@@ -73,36 +73,35 @@ class Source:
             )
         return hf.DTYPES[stored[0]]
 
-    def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
-        """One tensor in Hugging Face's layout, cast where a dtype is given.
+    def read(self, name: str, dtype: np.dtype | None = None, rows: slice = ALL) -> np.ndarray:
+        """One tensor, or rows of it, in Hugging Face's layout, cast where a dtype is given.
 
         Raises:
-            UserError: it holds a value that is not finite.
+            UserError: it holds a value that is not finite, or is not in that dtype.
         """
-        value = self._raw(name)
+        value = self.tensors[name].read(rows)
+        value = value if dtype is None else value.astype(dtype, copy=False)
         self._check_finite(name, value)
-        return value if dtype is None else value.astype(dtype, copy=False)
+        return value
 
     def fill(self, target: np.ndarray, path: hf.Path, layer: int | None, index: tuple[slice, ...]) -> None:
         """Copy a part of one layer of a leaf, ``index`` in our layout, into ``target``; raises as ``read``."""
         name = hf.tensor_name(path, layer)
-        if not hf.is_transposed(path):
-            value = self._raw(name)[index]
-            self._check_finite(name, value)
+        if hf.is_transposed(path):
+            columns, rows = index
+            copy_transposed(target, self.tensors[name].read(rows)[:, columns])
+        else:
+            value = self.tensors[name].read(index[0])[(slice(None), *index[1:])]
             target[...] = value.astype(target.dtype, copy=False)
-            return
-        value = self._raw(name)[index[::-1]]
-        self._check_finite(name, value)
-        copy_transposed(target, value)
+        self._check_finite(name, target)
 
     def check_repeated_head(self) -> None:
         """Raise UserError where a tied model's file repeats the embedding as a head that differs."""
         if "lm_head.weight" not in self.tensors or not self.config.tie_embeddings:
             return
-        head, embedding = self._raw("lm_head.weight"), self._raw("model.embed_tokens.weight")
-        step = 4096
+        head, embedding = self.tensors["lm_head.weight"], self.tensors["model.embed_tokens.weight"]
         same = head.shape == embedding.shape and all(
-            np.array_equal(head[i : i + step], embedding[i : i + step]) for i in range(0, len(head), step)
+            np.array_equal(head.read(rows), embedding.read(rows)) for rows in embedding.row_blocks()
         )
         if not same:
             raise UserError(f"{self.where}: lm_head.weight differs from the embedding it is declared tied to")
@@ -114,14 +113,12 @@ class Source:
             return self.known_fingerprint
         sample = Sample(self.config)
         for name, place in self.places.items():
-            sample.add(place.path, place.layer, functools.partial(self._values, name, place.transposed))
+            for rows in self.tensors[name].row_blocks():
+                value = self.tensors[name].read(rows)
+                where = tuple(slice(0, n) for n in value.shape[1:])
+                where = (*where, rows) if place.transposed else (rows, *where)
+                sample.add(place.path, place.layer, where, value.T if place.transposed else value)
         return sample.digest()
-
-    def _values(self, name: str, transposed: bool, index: tuple[np.ndarray, ...]) -> np.ndarray:
-        return self._raw(name)[index[::-1] if transposed else index]
-
-    def _raw(self, name: str) -> np.ndarray:
-        return self.tensors[name].read()
 
     def _check_finite(self, name: str, value: np.ndarray) -> None:
         if not finite(value):
@@ -129,26 +126,26 @@ class Source:
 
 
 class Sample:
-    """Collects, layer by layer, the values that a base model's fingerprint is made of."""
+    """Collects, part by part, the values that a base model's fingerprint is made of."""
 
     def __init__(self, config: BackboneConfig):
         self.config = config
-        self._shapes = dict(hf.leaves(config))
-        self._values: dict[hf.Path, list[np.ndarray]] = {path: [] for path in self._shapes}
+        self._index = {path: np.unravel_index(positions(shape), shape) for path, shape in hf.leaves(config)}
+        self._values = {path: np.zeros(len(index[0]), np.float32) for path, index in self._index.items()}
 
-    def add(self, path: hf.Path, layer: int | None, read: Callable[[tuple[np.ndarray, ...]], np.ndarray]) -> None:
-        """Take a layer's values; ``read`` gives those at an index of arrays in our layout, layers in order."""
-        shape = self._shapes[path]
-        flat = positions(shape)
-        if layer is not None:
-            shape = shape[1:]
-            size = int(np.prod(shape))
-            flat = flat[(flat >= layer * size) & (flat < (layer + 1) * size)] - layer * size
-        self._values[path].append(np.asarray(read(np.unravel_index(flat, shape))))
+    def add(self, path: hf.Path, layer: int | None, where: tuple[slice, ...], values: np.ndarray) -> None:
+        """Take what falls on a part of a leaf's layer; ``where`` and ``values`` are in our layout."""
+        index = self._index[path]
+        inside = np.ones(len(index[0]), bool) if layer is None else index[0] == layer
+        own = index if layer is None else index[1:]
+        for axis, part in zip(own, where, strict=True):
+            inside &= (axis >= part.start) & (axis < part.stop)
+        local = tuple(axis[inside] - part.start for axis, part in zip(own, where, strict=True))
+        self._values[path][inside] = values[local]
 
     def digest(self) -> str:
         """The fingerprint."""
-        return digest(self.config, {path: np.concatenate(parts) for path, parts in self._values.items()})
+        return digest(self.config, self._values)
 
 
 def source_of(backbone: Backbone) -> Source:

@@ -18,6 +18,7 @@ from trinityx_jax.backbone import BackboneConfig
 from trinityx_jax.convert import hf
 from trinityx_jax.convert.source import Sample, Source
 from trinityx_jax.convert.tensors import Stored
+from trinityx_jax.convert.tokenizer import load_tokenizer
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import atomic_dir, disk_full, read_json, write_json
 from trinityx_jax.progress import Progress, progress
@@ -75,8 +76,6 @@ def open_converted(folder: Path) -> Source:
     Raises:
         UserError: it is not a converted model of this format, or is damaged.
     """
-    from trinityx_jax.convert.load import load_tokenizer
-
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{folder / MANIFEST}: not the description of a converted model of format {FORMAT}")
@@ -133,25 +132,19 @@ class _Leaf:
 
     def pieces(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """(index, values) of every chunk; what the fingerprint needs of them is taken on the way."""
-        if self.path[0] == "blocks":
-            for layer in range(self.shape[0]):
-                values = np.empty(self.shape[1:], self.dtype)
-                self.source.fill(values, self.path, layer, (slice(None),) * values.ndim)
-                self.sample.add(self.path, layer, values.__getitem__)
-                yield (slice(layer, layer + 1),), values[None]
-            return
-        axis = int(np.argmax(self.shape))
-        step = self.chunk[axis]
-        name, transposed = hf.tensor_name(self.path, None), hf.is_transposed(self.path)
-        raw = self.source.tensors[name].read()
-        self.sample.add(self.path, None, lambda index: raw[index[::-1] if transposed else index].astype(self.dtype))
-        for start in range(0, self.shape[axis], step):
-            index = tuple(
-                slice(start, min(start + step, n)) if i == axis else slice(0, n) for i, n in enumerate(self.shape)
-            )
-            values = np.empty([s.stop - s.start for s in index], self.dtype)
-            self.source.fill(values, self.path, None, index)
-            yield index, values
+        stacked = self.path[0] == "blocks"
+        layers = range(self.shape[0]) if stacked else (None,)
+        whole, chunk = (self.shape[1:], self.chunk[1:]) if stacked else (self.shape, self.chunk)
+        axis = int(np.argmax(whole))
+        for layer in layers:
+            for start in range(0, whole[axis], chunk[axis]):
+                where = tuple(
+                    slice(start, min(start + chunk[axis], n)) if i == axis else slice(0, n) for i, n in enumerate(whole)
+                )
+                values = np.empty([s.stop - s.start for s in where], self.dtype)
+                self.source.fill(values, self.path, layer, where)
+                self.sample.add(self.path, layer, where, values)
+                yield (where, values) if layer is None else ((slice(layer, layer + 1), *where), values[None])
 
 
 class _LeafHandler:
@@ -205,13 +198,15 @@ def _write_leaf(leaf: _Leaf, path: Path, shown: Progress) -> None:
         future.result()
 
 
-def _read_piece(folder: Path, place: hf.Place) -> np.ndarray:
+def _read_piece(folder: Path, place: hf.Place, rows: slice) -> np.ndarray:
     import tensorstore as ts
 
     path = folder / "params" / ".".join(place.path)
+    rows = slice(*rows.indices(place.shape[0]))
     try:
         array = ts.open(_spec(path.resolve()), open=True).result()
-        value = np.asarray((array if place.layer is None else array[place.layer]).read().result())
+        array = array if place.layer is None else array[place.layer]
+        value = np.asarray((array[:, rows] if place.transposed else array[rows]).read().result())
     except ValueError as error:
         if disk_full(error):
             raise

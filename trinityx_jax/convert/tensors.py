@@ -27,18 +27,29 @@ ROWS = 32  # of a matrix, transposed together: the block stays in cache
 PICKLES = (".bin", ".pt", ".pth")
 
 
+ALL = slice(None)
+BLOCK_BYTES = 2**26  # of a tensor, in memory together
+
+
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its shape and dtype, and how to get it (a view of the file where possible)."""
+    """A tensor in a file: its shape and dtype, and how to get rows of it (a view of the file where possible)."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    read: Callable[[slice], np.ndarray]
+
+    def row_blocks(self) -> Iterator[slice]:
+        """Slices of rows, each of about ``BLOCK_BYTES``."""
+        row = max(1, self.dtype.itemsize * math.prod(self.shape[1:]))
+        step = max(1, BLOCK_BYTES // row)
+        for start in range(0, self.shape[0], step):
+            yield slice(start, min(start + step, self.shape[0]))
 
 
 def held(array: np.ndarray) -> Stored:
     """A tensor that is already an array."""
-    return Stored(array.shape, array.dtype, lambda: array)
+    return Stored(array.shape, array.dtype, lambda rows: array[rows])
 
 
 def safetensors_file(file: Path) -> dict[str, Stored]:
@@ -134,7 +145,7 @@ def _files(folder: Path, weights_only: bool) -> tuple[dict[str, str] | None, lis
     stems = ["model.safetensors"] + (["pytorch_model.bin"] if weights_only else [])
     for stem in stems:
         if (folder / f"{stem}.index.json").exists():
-            index = _index(folder / f"{stem}.index.json")
+            index = read_index(folder / f"{stem}.index.json")
             names = sorted(set(index.values()))
             for name in names:
                 if not (folder / name).is_file():
@@ -147,11 +158,12 @@ def _files(folder: Path, weights_only: bool) -> tuple[dict[str, str] | None, lis
         return None, [folder / pickled[0]]
     if pickled and weights_only:
         raise UserError(f"{folder}: holds several pickles ({', '.join(pickled)}) and no index of them")
-    hint = f"; {pickled[0]} is a pickle, which is read only where --weights-only asks for it" if pickled else ""
+    hint = f"; {pickled[0]} is a pickle, which only trinityx convert --weights-only reads" if pickled else ""
     raise UserError(f"{folder}: no model.safetensors{hint}")
 
 
-def _index(file: Path) -> dict[str, str]:
+def read_index(file: Path) -> dict[str, str]:
+    """A sharded model's index, tensor -> file; raises UserError where it is none."""
     described = read_json(file)
     index = described.get("weight_map") if isinstance(described, dict) else None
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
@@ -188,9 +200,6 @@ def finite(values: np.ndarray) -> bool:
 
 def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
     """Slices of about a megabyte, so that what is computed of them stays in cache."""
-    if values.ndim == 0:
-        yield values.reshape(1)
-        return
     rows = max(1, 2**20 // max(1, values.dtype.itemsize * math.prod(values.shape[1:])))
     for start in range(0, values.shape[0], rows):
         yield values[start : start + rows]

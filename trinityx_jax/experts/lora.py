@@ -122,8 +122,9 @@ def _pad_rank(site: Site, rank: int) -> dict[str, jax.Array]:
 def delta_weighted(site: Site, x: jax.Array, weight: jax.Array) -> jax.Array:
     """Sum over experts of weight [...,E] times delta, mixed in the low-rank space: -> [...,out]."""
     low = jnp.einsum("...i,eir->...er", x, site["a"].astype(x.dtype))
-    low = low * (weight * site["scale"])[..., None].astype(x.dtype)
-    return jnp.einsum("...er,ero->...o", low, site["b"].astype(x.dtype))
+    low = (low.astype(jnp.float32) * (weight * site["scale"])[..., None]).astype(x.dtype)
+    out = jnp.einsum("...er,ero->...o", low, site["b"].astype(x.dtype), preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)
 
 
 def delta_grouped(site: Site, x: jax.Array, dropout: jax.Array | None = None, rate: float = 0.0) -> jax.Array:

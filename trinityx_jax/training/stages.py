@@ -19,7 +19,7 @@ from trinityx_jax.data.objectives import Example, load_examples, load_pairs
 from trinityx_jax.data.splits import overlap, split_by_question
 from trinityx_jax.data.templates import Encoded, encode
 from trinityx_jax.errors import UserError
-from trinityx_jax.experts import TaskVector, gamma, init_expert, stack, unstack
+from trinityx_jax.experts import ATTENTION, TaskVector, gamma, init_expert, stack, unstack
 from trinityx_jax.mocae import Router, hidden_states, init_router, token_routing
 from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.calibration import calibrated_temperature, selected
@@ -170,7 +170,10 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     if set(vectors) != set(names):
         raise UserError(f"experts: the configuration names {', '.join(names)}, found {', '.join(vectors)}")
     vectors = {name: vectors[name] for name in names}
-    check_policy(config.mocae_config(), {site: None for vector in vectors.values() for site in vector.sites})
+    sites = {site: None for vector in vectors.values() for site in vector.sites}
+    check_policy(config.mocae_config(), sites)
+    if config.mocae_config().attention_deltas is not None and not set(sites) & set(ATTENTION):
+        raise UserError("mocae.attention_deltas: no expert holds attention deltas; remove the key")
     rows = load_training_rows(config, backbone)
     run = RunFolder(config.out)
     run.open(backbone, config.model)
