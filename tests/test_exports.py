@@ -79,8 +79,28 @@ def test_options_that_do_not_go_together(tiny_run: Path, tmp_path: Path, format,
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_export_is_made_from_stays(tiny_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "place" / "run")
+    for out in (run, tmp_path / "place"):
+        with pytest.raises(UserError, match="from which the export is made"):
+            export_run(run, out, "merged", weights={"helpful": 1.0})
+    adapters = tmp_path / "adapters"
+    export_run(run, adapters, "peft")
+    (adapters / "helpful" / "README.md").write_text("trained elsewhere")
+    with pytest.raises(UserError, match="holds other files"):
+        export_run(run, adapters, "peft", rank=1)
+    with pytest.raises(UserError, match="not finite"):
+        export_run(run, tmp_path / "out", "merged", weights={"helpful": 1e39}, dtype="float32")
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_on_the_command_line(tiny_run: Path, tmp_path: Path, capsys) -> None:
-    for text, named in (("helpful=1,helpful=2", "twice"), ("helpful=nan", "finite"), ("helpful", "NAME=NUMBER")):
+    for text, named in (
+        ("helpful=1,helpful=2", "twice"),
+        ("helpful=nan", "finite"),
+        ("helpful=1e39", "finite"),
+        ("helpful", "NAME=NUMBER"),
+    ):
         args = ["export", str(tiny_run), str(tmp_path / "out"), "--format", "merged", "--weights", text]
         assert cli.main(args) == 2 and named in capsys.readouterr().err
 

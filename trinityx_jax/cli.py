@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import sys
@@ -312,6 +311,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, Stopped):
             print(f"trinityx: {error}", file=sys.stderr)
             return STOPPED
+        if isinstance(error, OSError) and error.filename is not None:
+            print(f"trinityx: {error.filename}: {error.strerror}", file=sys.stderr)
+            return BAD_INPUT
         if disk_full(error):
             print("trinityx: No space left on device", file=sys.stderr)
             return BAD_INPUT
@@ -387,8 +389,8 @@ def _static_weights(expert: str | None, weights: str | None) -> dict[str, float]
             out[name] = float(value)
         except ValueError:
             raise UserError(f"--weights: {part!r} is not NAME=NUMBER") from None
-        if not math.isfinite(out[name]):
-            raise UserError(f"--weights: {part!r} is not a finite number")
+        if not abs(out[name]) < 1e30:
+            raise UserError(f"--weights: {part!r} is not a finite number of reasonable size")
     return out
 
 

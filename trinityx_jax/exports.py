@@ -57,6 +57,9 @@ def export_run(
         hub.check_id(repo)
     folder, out = RunFolder(run), Path(out)
     base = folder.info()["base"]
+    for path in (Path(base["model"]), folder.path):
+        if path.exists() and path.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{out}: holds {path}, from which the export is made; choose another folder")
     source = open_source(base["model"])
     check_base(f"{run}: the run", base["fingerprint"], source.fingerprint)
     vectors = load_experts(run, base["fingerprint"], source.config)

@@ -23,9 +23,11 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or the place cannot be written.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link to a folder stays one
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, a folder is to be written there")
+    if path == Path.cwd():
+        raise UserError(f"{path}: is the current folder, which cannot be replaced; name another")
     staging: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,12 +36,13 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
         staging.chmod(0o755)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.replace(path, old / path.name)
             try:
-                os.replace(staging, path)
-            except OSError:
-                os.replace(old / path.name, path)
-                raise
+                os.replace(path, old / path.name)
+                try:
+                    os.replace(staging, path)
+                except OSError:
+                    os.replace(old / path.name, path)
+                    raise
             finally:
                 shutil.rmtree(old)
         else:
@@ -53,6 +56,18 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     finally:
         if staging is not None and staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
+
+
+# What a converted or exported model's folder may hold: what this package, tokenizers and hubs write.
+_OURS = {"params", "README.md", "LICENSE", "merges.txt", "vocab.txt", "modeling_trinityx.py", ".cache", "__pycache__"}
+_OUR_KINDS = {".json", ".safetensors", ".jinja", ".model"}
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise UserError where a folder that is to be replaced whole holds what is not ours to remove."""
+    for path in sorted(folder.iterdir()):
+        if path.name not in _OURS and (path.suffix not in _OUR_KINDS or path.is_dir()):
+            raise UserError(f"{folder}: holds {path.name}, which replacing the folder would remove; choose a new one")
 
 
 def disk_full(error: BaseException | None) -> bool:
@@ -94,7 +109,7 @@ def read_json(path: Path | str) -> Any:
         UserError: it is missing, not UTF-8 or not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -103,3 +118,13 @@ def read_json(path: Path | str) -> Any:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON at line {error.lineno} ({error.msg})") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path}: not JSON that can be read ({error})") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return out

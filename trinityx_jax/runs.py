@@ -52,6 +52,10 @@ class RunFolder:
         info = read_json(self.info_path)
         if not isinstance(info, dict) or info.get("format") != FORMAT:
             raise UserError(f"{self.info_path}: not a run description of format {FORMAT}")
+        base = info.get("base")
+        for name in ("model", "dtype", "fingerprint"):
+            if not isinstance(base, dict) or not isinstance(base.get(name), str):
+                raise UserError(f"{self.info_path}: base.{name} is missing, or no text")
         return info
 
     def open(self, backbone: Backbone, model: str) -> None:
@@ -156,6 +160,13 @@ def load_expert(folder: Path) -> TaskVector:
     for site, leaves in sites.items():
         if set(leaves) != {"a", "b", "scale"}:
             raise UserError(f"{folder / 'expert.safetensors'}: site {site!r} holds {', '.join(sorted(leaves))}")
+        for name, value in leaves.items():
+            if value.dtype != jnp.float32 or value.ndim != (1 if name == "scale" else 3):
+                raise UserError(f"{folder / 'expert.safetensors'}: {site}.{name} is {value.dtype}{list(value.shape)}")
+            if not jnp.isfinite(value).all():
+                raise UserError(f"{folder / 'expert.safetensors'}: {site}.{name} holds a value that is not finite")
+    if not isinstance(info.get("origin", {}), dict):
+        raise UserError(f"{folder / 'expert.json'}: 'origin' is not a JSON object")
     return TaskVector(sites, info.get("origin"))
 
 

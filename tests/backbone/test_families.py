@@ -140,7 +140,8 @@ def test_fields_that_a_file_leaves_out():
     assert BackboneConfig.from_hf(gemma | {"hidden_act": "gelu"}) == whole
     assert BackboneConfig.from_hf(gemma | {"hidden_act": "gelu", "hidden_activation": None}) == whole
     assert BackboneConfig.from_hf(gemma | {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu"}) == whole
-    assert BackboneConfig.from_hf(gemma | {"hidden_activation": "relu"}).activation == "relu"
+    with pytest.raises(tx.UserError, match="contradict"):
+        BackboneConfig.from_hf(gemma | {"hidden_activation": "relu"})
     mistral = json.loads((GEOMETRY / "mistral-7b" / "config.json").read_text())
     assert BackboneConfig.from_hf({k: v for k, v in mistral.items() if k != "sliding_window"}).sliding_window == 4096
     assert BackboneConfig.from_hf(mistral | {"sliding_window": None}).sliding_window is None

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 import trinityx_jax as tx
 from trinityx_jax.backbone.fingerprint import fingerprint
 from trinityx_jax.convert import hf, store
+from trinityx_jax.convert.export import export_merged
 from trinityx_jax.convert.load import convert, load_backbone, open_source
 from trinityx_jax.convert.tokenizer import load_tokenizer
 from trinityx_jax.errors import UserError
@@ -139,9 +140,9 @@ def test_converted_is_bit_identical(tmp_path, tiny_model, dtype):
 
 def test_converted_folder_is_a_source_and_is_replaced(tmp_path, converted):
     out = shutil.copytree(converted, tmp_path / "out")
-    (out / "old").write_text("old")
+    (out / "old.json").write_text("{}")
     backbone = convert(converted, out, "bfloat16")
-    assert not (out / "old").exists() and load_backbone(out).fingerprint == backbone.fingerprint
+    assert not (out / "old.json").exists() and load_backbone(out).fingerprint == backbone.fingerprint
     assert str(load_backbone(out).params["norm"]["scale"].dtype) == "bfloat16"
     assert json.loads((out / "config.json").read_text()) == backbone.config.to_hf()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -327,7 +328,7 @@ def test_shards_that_contradict_their_index(folder):
     twice = load_file(folder / other) | {QUERY: load_file(folder / index[QUERY])[QUERY]}
     save_file(twice, folder / other)
     path.write_text(json.dumps({"weight_map": {n: f for n, f in index.items() if n != QUERY}}))
-    refused(folder, QUERY, "another shard")
+    refused(folder, QUERY, "nowhere")
 
 
 def test_a_wrong_prefix(folder):
@@ -558,3 +559,77 @@ def test_what_the_narrower_dtype_cannot_hold(folder, tmp_path):
     with pytest.raises(UserError, match="not finite"):
         convert(folder, tmp_path / "out", "bfloat16")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_index_does_not_smuggle_a_pickle_in(folder):
+    shard(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    (folder / "a.bin").write_bytes(b"\x80\x02")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(index, "a.bin")}))
+    refused(folder, "a.bin", "not the name of a shard")
+
+
+def test_two_sets_of_weights(folder, tiny_model):
+    shard(folder)
+    shutil.copy(tiny_model / "model.safetensors", folder)
+    refused(folder, "both model.safetensors and an index")
+
+
+def test_parameters_of_another_model(tmp_path, converted, folder):
+    """A converted folder whose parameters were exchanged is refused on every way out, too."""
+    rewrite(folder, lambda t: {name: value * 1.5 for name, value in t.items()})
+    convert(folder, tmp_path / "other")
+    mixed = shutil.copytree(converted, tmp_path / "mixed")
+    shutil.rmtree(mixed / "params")
+    shutil.copytree(tmp_path / "other" / "params", mixed / "params")
+    refused(mixed, "fingerprint")
+    for attempt in (
+        lambda out: convert(mixed, out),
+        lambda out: export_merged(open_source(mixed), {}, {}, out),
+    ):
+        with pytest.raises(UserError, match="fingerprint"):
+            attempt(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_only_what_is_ours_is_replaced(tmp_path, converted, tiny_model, monkeypatch):
+    out = shutil.copytree(converted, tmp_path / "out")
+    (out / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match=r"thesis\.tex"):
+        convert(tiny_model, out)
+    assert (out / "thesis.tex").exists()
+    link = tmp_path / "link"
+    (tmp_path / "target").mkdir()
+    link.symlink_to(tmp_path / "target")
+    convert(tiny_model, link)
+    assert link.is_symlink() and (tmp_path / "target" / "trinityx.json").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="current folder"):
+        convert(tiny_model, ".")
+    assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ('{"model_type": "llama", "model_type": "gemma"}', "'model_type' stands twice"),
+        ("[" * 100_000, "not JSON"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "not JSON"),
+    ],
+    ids=["twice", "deep", "long"],
+)
+def test_json_that_cannot_be_read(folder, content, named):
+    (folder / "config.json").write_text(content)
+    refused(folder, folder / "config.json", named)
+
+
+def test_small_files_of_the_wrong_kind(folder):
+    (folder / "generation_config.json").write_text("[1, 2]")
+    refused(folder, "generation_config.json", "JSON object")
+    (folder / "generation_config.json").unlink()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    token = max(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    tokenizer["model"]["vocab"][token] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(folder, "the tokenizer has 5001 tokens")

@@ -233,6 +233,9 @@ def refused(folder, backbone, *named) -> None:
         ({"exclude_modules": 5}, "exclude_modules"),
         ({"r": 2.0}, "'r' = 2.0"),
         ({"use_rslora": "no"}, "use_rslora"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"layers_pattern": "layers"}, "layers_pattern"),
+        ({"target_modules": ".*up_proj", "layers_to_transform": [0, 1, 2]}, "layers_to_transform"),
         ({"target_modules": None}, "target_modules"),
         ({"target_modules": ["up_proj", "down_proj"]}, "down_proj as adapted"),
         ({"target_modules": ["down_proj"]}, "does not name"),
@@ -268,6 +271,7 @@ def test_tensors_are_refused_by_name(adapter, backbone):
     attempt(lambda t: {k: (v.T[:16].T.copy() if "lora_A" in k else v) for k, v in t.items()}, "up.a is (3, 16, 2)")
     deeper = {k.replace("layers.2", "layers.7"): v for k, v in whole.items()}
     attempt(lambda _: deeper, "layer 7")
+    attempt(lambda t: t | {first.replace("layers.0", "layers.00"): t[first]}, "layers.00")
     attempt(lambda _: {}, "no tensor")
     path.write_bytes(path.read_bytes()[:-1])
     refused(adapter, backbone, path, "not a whole safetensors file")

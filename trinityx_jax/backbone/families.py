@@ -146,6 +146,7 @@ def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if family is None:
         raise UserError(f"{where}: model_type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
     _check(config, where)
+    said = config.get("hidden_act")
     config = dict(family.defaults) | config
     values: dict[str, Any] = {"family": kind, **family.always}
     for theirs, ours in _FIELDS.items():
@@ -156,7 +157,7 @@ def read(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     for theirs, fields in family.optional.items():
         values |= dict.fromkeys(fields, bool(config.pop(theirs, False)))
     if kind == "gemma":
-        _gemma_activation(values, config.pop("hidden_activation", None))
+        _gemma_activation(values, said, config.pop("hidden_activation", None), where)
     values["rope_theta"], values["rope_scaling"] = _rope(config, where)
     values |= _WINDOWS[family.windows](config, values["num_layers"], where)
     for name in sorted(config.keys() - _NO_EFFECT):
@@ -214,7 +215,7 @@ def _check(config: Mapping[str, Any], where: str) -> None:
         value = config.get(name)
         if value is None:
             continue
-        if type(value) is not int or value <= 0:
+        if type(value) is not int or not 0 < value < 2**31:
             raise UserError(f"{where}: field {name!r} = {value!r} is not a positive whole number")
     for name in (*_SIZES, "rms_norm_eps"):
         if config.get(name) is None:
@@ -223,9 +224,14 @@ def _check(config: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: field 'rms_norm_eps' = {config['rms_norm_eps']!r} is not a positive number")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = config.get(name)
-        for token in value if isinstance(value, list) else [value]:
-            if token is not None and type(token) is not int:
+        tokens = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
+        for token in tokens:
+            if (token is not None and type(token) is not int) or (token is None and isinstance(value, list)):
                 raise UserError(f"{where}: field {name!r} = {value!r} is not a token id")
+            if name == "eos_token_id" and token is not None and not 0 <= token < config["vocab_size"]:
+                raise UserError(
+                    f"{where}: field {name!r} = {value!r} is not in the vocabulary of {config['vocab_size']}"
+                )
     for name in ("hidden_act", "hidden_activation"):
         if not isinstance(config.get(name), str | None):
             raise UserError(f"{where}: field {name!r} = {config[name]!r} is not a name")
@@ -234,29 +240,35 @@ def _check(config: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: field {name!r} = {config[name]!r} is not true or false")
 
 
-def _gemma_activation(values: dict[str, Any], newer: str | None) -> None:
-    """Gemma's first files say "gelu" and mean its tanh approximation; "hidden_activation" outranks it."""
-    values["activation"] = newer or values["activation"]
-    if values["activation"] == "gelu":
-        values["activation"] = "gelu_pytorch_tanh"
+def _gemma_activation(values: dict[str, Any], said: str | None, newer: str | None, where: str) -> None:
+    """Gemma's first files say "gelu" and mean its tanh approximation, which some call "hidden_activation"."""
+    found = {"gelu_pytorch_tanh" if name == "gelu" else name for name in (newer, said) if name is not None}
+    if len(found) > 1:
+        raise UserError(f"{where}: hidden_activation and hidden_act contradict each other")
+    values["activation"] = found.pop() if found else "gelu_pytorch_tanh"
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Remove every spelling of the rope settings from ``config``; theta and the scaling."""
     thetas, scalings = [config.pop("rope_theta", None)], []
     for name in ("rope_parameters", "rope_scaling"):
-        settings = config.pop(name, None) or {}
+        settings = config.pop(name, None)
+        if settings is None:
+            continue
         if not isinstance(settings, Mapping):
             raise UserError(f"{where}: field {name!r} = {settings!r} is not a JSON object")
         settings = dict(settings)
         thetas.append(settings.pop("rope_theta", None))
-        kinds = {settings.pop(key) for key in ("rope_type", "type") if isinstance(settings.get(key), str)}
+        named = [settings.pop(key) for key in ("rope_type", "type") if settings.get(key) is not None]
+        if not all(isinstance(kind, str) for kind in named):
+            raise UserError(f"{where}: {name} type {named[0]!r} is not a name")
+        kinds = set(named)
         if len(kinds) > 1:
             raise UserError(f"{where}: {name} gives two types, {' and '.join(sorted(kinds))}")
         if settings.get("partial_rotary_factor") == 1.0:
             del settings["partial_rotary_factor"]
         found = parse_scaling(kinds.pop() if kinds else "default", settings, f"{where}: {name}")
-        scalings += [found] if found else []
+        scalings += [found] if named else []
     given = [theta for theta in thetas if theta is not None]
     if any(theta != given[0] for theta in given) or any(scaling != scalings[0] for scaling in scalings):
         raise UserError(f"{where}: rope_theta, rope_parameters and rope_scaling contradict each other")
@@ -287,7 +299,7 @@ def _window_by_type(config: dict[str, Any], layers: int, where: str) -> dict[str
     if types is None:
         types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
     known = {"sliding_attention", "full_attention"}
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= known:
+    if not isinstance(types, list) or len(types) != layers or not all(name in known for name in map(str, types)):
         raise UserError(f"{where}: field 'layer_types' does not give one of {', '.join(sorted(known))} for each layer")
     windowed = tuple(i for i, name in enumerate(types) if name == "sliding_attention")
     if windowed and window is None:

@@ -80,5 +80,5 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 
 
 def positive(value: Any) -> bool:
-    """Whether a configuration's value is a positive finite number (true and false are none)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    """Whether a configuration's value is a positive number of reasonable size (true and false are none)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30

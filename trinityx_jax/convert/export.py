@@ -19,12 +19,12 @@ from trinityx_jax.convert.cards import Facts
 from trinityx_jax.convert.fetch import HUB_ID, SMOLLM2
 from trinityx_jax.convert.peft import CONFIG, WEIGHTS, peft_settings, peft_tensors
 from trinityx_jax.convert.shards import write_file, write_shards
-from trinityx_jax.convert.source import Source, source_of
-from trinityx_jax.convert.tensors import Stored, contiguous, held
+from trinityx_jax.convert.source import Sample, Source, source_of
+from trinityx_jax.convert.tensors import Stored, contiguous, finite, held
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import ATTENTION, FEED_FORWARD, TaskVector, stack
 from trinityx_jax.experts.lora import check_fits
-from trinityx_jax.files import atomic_dir, write_json, write_text
+from trinityx_jax.files import atomic_dir, check_replaceable, write_json, write_text
 from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.router import per_layer
@@ -110,13 +110,15 @@ def export_merged(
     _check_replaceable(out, MERGED)
     kind = base.dtype(dtype)
     facts = facts or Facts(str(base.extras.get("source", base.where)), base.extras.get("license"))
+    sample = Sample(base.config)
     factors = [(weight, _numpy_sites(chosen[expert])) for expert, weight in weights.items()]
     tensors = {
-        hf_name: Stored(place.shape, kind, functools.partial(_merged, base, hf_name, place, factors, kind))
+        hf_name: Stored(place.shape, kind, functools.partial(_merged, base, sample, hf_name, place, factors, kind))
         for hf_name, place in base.places.items()
     }
     with atomic_dir(out) as staging:
         write_shards(staging, tensors)
+        base.check_fingerprint(sample.digest())
         write_json(staging / "config.json", base.config.to_hf() | {"dtype": str(kind)})
         _write_companions(staging, base)
         write_json(staging / MERGED, {"base": facts.base, "weights": dict(weights), "dtype": str(kind)})
@@ -149,12 +151,12 @@ def export_mocae(
     _check_router(router, vectors, base.config)
     _check_replaceable(out, MODELING)
     ordered = {expert: vectors[expert] for expert in router.names}
-    attention = _attention(router, ordered)
+    attention, sample = _attention(router, ordered), Sample(base.config)
     ordered = {n: TaskVector({s: v.sites[s] for s in FEED_FORWARD if s in v.sites}) for n, v in ordered.items()}
     kind = base.dtype(dtype)
     facts = facts or Facts(str(base.extras.get("source", base.where)), base.extras.get("license"))
     tensors = {
-        hf_name: Stored(place.shape, kind, functools.partial(_merged, base, hf_name, place, attention, kind))
+        hf_name: Stored(place.shape, kind, functools.partial(_merged, base, sample, hf_name, place, attention, kind))
         for hf_name, place in base.places.items()
     }
     layers = base.config.num_layers
@@ -162,6 +164,7 @@ def export_mocae(
     tensors |= {key: held(value) for key, value in _router_tensors(router, layers).items()}
     with atomic_dir(out) as staging:
         write_shards(staging, tensors)
+        base.check_fingerprint(sample.digest())
         write_json(staging / "config.json", _mocae_config(base.config, ordered, router, str(kind)))
         _write_companions(staging, base)
         shutil.copyfile(Path(__file__).parent / "mocae_hf" / MODELING, staging / MODELING)
@@ -180,6 +183,8 @@ def _check_vectors(vectors: Mapping[str, TaskVector], config: BackboneConfig) ->
         if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name in (".", ".."):
             raise UserError(f"export: expert name {name!r} is not a folder name (letters, digits, '.', '_' and '-')")
         check_fits(vector, config, f"export: expert {name!r}")
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(vector)):
+            raise UserError(f"export: expert {name!r} holds a value that is not finite")
 
 
 def _check_router(router: Router, vectors: Mapping[str, TaskVector], config: BackboneConfig) -> None:
@@ -191,15 +196,22 @@ def _check_router(router: Router, vectors: Mapping[str, TaskVector], config: Bac
 
 
 def _check_replaceable(folder: Path, marker: str) -> None:
-    """A folder is replaced whole, so one that holds anything but an earlier export is refused."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).exists():
+    """A folder is replaced whole, so one that holds anything but an earlier export of ours is refused."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / marker).exists() or '"trinityx"' not in _card(folder):
         raise UserError(f"{folder}: holds other files, an export replaces the whole folder; choose a new one")
+    check_replaceable(folder)
+
+
+def _card(folder: Path) -> str:
+    path = folder / "README.md"
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def _check_uploadable(out: Path, names: Mapping[str, Any]) -> None:
     """A folder goes to a hub whole, so one that holds anything but this export is refused."""
-    card = out / "README.md"
-    ours = {*names, *(["README.md"] if card.exists() and cards.MARK in card.read_text(encoding="utf-8") else [])}
+    ours = {*names, "README.md"} if cards.MARK in _card(out) else set(names)
     others = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.is_dir() else []
     if others:
         raise UserError(f"{out}: holds {others[0]}, which would be uploaded too; choose a new folder")
@@ -225,20 +237,33 @@ def _attention(router: Router, vectors: Mapping[str, TaskVector]) -> list[tuple[
 
 
 def _merged(
-    base: Source, name: str, place: hf.Place, factors: list[tuple[float, dict]], dtype: np.dtype, rows: slice
+    base: Source,
+    sample: Sample,
+    name: str,
+    place: hf.Place,
+    factors: list[tuple[float, dict]],
+    dtype: np.dtype,
+    rows: slice,
 ) -> np.ndarray:
     """Rows of one tensor of the base in Hugging Face's layout, with the deltas that fall on it."""
     site = place.path[1] if place.path[0] == "blocks" and place.path[-1] == "kernel" else None
-    deltas = [(weight * sites[site]["scale"][place.layer], sites[site]) for weight, sites in factors if site in sites]
+    with np.errstate(over="ignore"):  # what comes of it is checked below
+        deltas = [(w * sites[site]["scale"][place.layer], sites[site]) for w, sites in factors if site in sites]
     deltas = [(scale, leaf) for scale, leaf in deltas if scale != 0]
     value = contiguous(base.read(name, dtype if not deltas else None, rows))
+    sample.add_rows(place, rows, value)
     if not deltas:
         return value
-    scaled = [(scale * leaf["b"][place.layer][:, rows].T, leaf["a"][place.layer].T) for scale, leaf in deltas]
+    scaled = [
+        (np.float32(scale) * leaf["b"][place.layer][:, rows].T, leaf["a"][place.layer].T) for scale, leaf in deltas
+    ]
     out = np.empty(value.shape, dtype)
-    for start in range(0, value.shape[0], MERGED_ROWS):  # blocks that stay in cache
-        block = slice(start, start + MERGED_ROWS)
-        out[block] = (value[block].astype(np.float32) + sum(b[block] @ a for b, a in scaled)).astype(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, value.shape[0], MERGED_ROWS):  # blocks that stay in cache
+            block = slice(start, start + MERGED_ROWS)
+            out[block] = (value[block].astype(np.float32) + sum(b[block] @ a for b, a in scaled)).astype(dtype)
+    if not finite(out):
+        raise UserError(f"export: {name} plus the task vectors is not finite in {dtype}; choose smaller weights")
     return out
 
 
@@ -268,7 +293,7 @@ def _expert_rows(
     for index, vector in enumerate(vectors[rows]):
         if site in vector.sites:
             value = np.asarray(vector.sites[site][key][layer], np.float32)
-            out[(index, *(slice(0, n) for n in value.shape))] = value
+            out[index : index + 1][(slice(None), *map(slice, value.shape))] = value
     return out
 
 

@@ -57,8 +57,7 @@ def load_backbone(
     else:
         params = materialise(source, kind, shardings)
     found = fingerprint(source.config, params)
-    if source.known_fingerprint not in (None, found):
-        raise UserError(f"{folder}: the parameters do not match the fingerprint in {store.MANIFEST}")
+    source.check_fingerprint(found)
     return Backbone(source.config, params, tokenizer, found, source.extras)
 
 
@@ -115,6 +114,8 @@ def _open_folder(folder: Path, trust_remote_code: bool, weights_only: bool, hub_
         extras["license"] = licence
     if (folder / "generation_config.json").exists():
         extras["generation_config"] = read_json(folder / "generation_config.json")
+        if not isinstance(extras["generation_config"], dict):
+            raise UserError(f"{folder / 'generation_config.json'}: expected a JSON object")
     tensors = folder_tensors(folder, weights_only)
     return Source(str(folder), config, tensors, lambda: load_tokenizer(folder, trust_remote_code), extras)
 
@@ -124,7 +125,13 @@ def _licence(folder: Path) -> str | None:
     try:
         _, head, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
         licence = yaml.safe_load(head).get("license")
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):  # no card, or one without front matter
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+        yaml.YAMLError,
+    ):  # no card, or one without front matter
         return None
     return licence if isinstance(licence, str) else None
 

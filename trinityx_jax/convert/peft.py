@@ -23,11 +23,12 @@ from trinityx_jax.files import read_json
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _SITE = {module: site for site, module in MODULES.items()}
-_KEY = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.(\w+\.\w+))\.lora_(A|B)\.weight")
+_KEY = re.compile(r"base_model\.model\.(model\.layers\.(0|[1-9][0-9]{0,5})\.(\w+\.\w+))\.lora_(A|B)\.weight")
 
 # Where an adapter comes from, how it was trained and begun: nothing that changes what it computes.
 _NO_EFFECT = {
     "auto_mapping",
+    "eva_config",
     "base_model_name_or_path",
     "inference_mode",
     "lora_dropout",
@@ -181,13 +182,18 @@ def _check_settings(settings: Any, where: str) -> None:
             except re.error as error:
                 raise UserError(f"{where}: field {name!r}: {pattern!r} is not an expression ({error})") from None
 
+    if settings.get("layers_pattern") and settings.get("layers_to_transform") is None:
+        raise UserError(f"{where}: field 'layers_pattern' has no effect without 'layers_to_transform'")
+    if settings.get("layers_to_transform") is not None and isinstance(settings["target_modules"], str):
+        raise UserError(f"{where}: field 'layers_to_transform' has no effect beside an expression in 'target_modules'")
+
 
 def _is_rank(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _is_mapping(value: Any, fits: Callable[[Any], bool]) -> bool:

@@ -114,11 +114,13 @@ class Source:
         sample = Sample(self.config)
         for name, place in self.places.items():
             for rows in self.tensors[name].row_blocks():
-                value = self.tensors[name].read(rows)
-                where = tuple(slice(0, n) for n in value.shape[1:])
-                where = (*where, rows) if place.transposed else (rows, *where)
-                sample.add(place.path, place.layer, where, value.T if place.transposed else value)
+                sample.add_rows(place, rows, self.tensors[name].read(rows))
         return sample.digest()
+
+    def check_fingerprint(self, found: str) -> None:
+        """Raise UserError where what was read is not what the source's description says."""
+        if self.known_fingerprint not in (None, found):
+            raise UserError(f"{self.where}: the parameters do not match the fingerprint in its description")
 
     def _check_finite(self, name: str, value: np.ndarray) -> None:
         if not finite(value):
@@ -142,6 +144,14 @@ class Sample:
             inside &= (axis >= part.start) & (axis < part.stop)
         local = tuple(axis[inside] - part.start for axis, part in zip(own, where, strict=True))
         self._values[path][inside] = values[local]
+
+    def add_rows(self, place: hf.Place, rows: slice, values: np.ndarray) -> None:
+        """As ``add``, of rows in Hugging Face's layout."""
+        where = tuple(slice(0, n) for n in values.shape[1:])
+        if place.transposed:
+            self.add(place.path, place.layer, (*where, rows), values.T)
+        else:
+            self.add(place.path, place.layer, (rows, *where), values)
 
     def digest(self) -> str:
         """The fingerprint."""

@@ -20,7 +20,7 @@ from trinityx_jax.convert.source import Sample, Source
 from trinityx_jax.convert.tensors import Stored
 from trinityx_jax.convert.tokenizer import load_tokenizer
 from trinityx_jax.errors import UserError
-from trinityx_jax.files import atomic_dir, disk_full, read_json, write_json
+from trinityx_jax.files import atomic_dir, check_replaceable, disk_full, read_json, write_json
 from trinityx_jax.progress import Progress, progress
 
 MANIFEST = "trinityx.json"
@@ -40,8 +40,10 @@ def write(source: Source, out: Path, dtype: str | None = None) -> str:
     """
     import orbax.checkpoint as ocp
 
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
-        raise UserError(f"{out}: is not empty and not a converted model; nothing is written there")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MANIFEST).exists():
+            raise UserError(f"{out}: is not empty and not a converted model; nothing is written there")
+        check_replaceable(out)
     kind, tokenizer = source.dtype(dtype), source.tokenizer()
     check_vocabulary(source, tokenizer)
     source.check_repeated_head()
@@ -57,6 +59,7 @@ def write(source: Source, out: Path, dtype: str | None = None) -> str:
             tokenizer.save_pretrained(staging)
         write_json(staging / "config.json", source.config.to_hf())
         fingerprint = sample.digest()
+        source.check_fingerprint(fingerprint)
         manifest = {"format": FORMAT, "dtype": str(kind), "fingerprint": fingerprint, "extras": dict(source.extras)}
         write_json(staging / MANIFEST, manifest)
     return fingerprint
@@ -64,10 +67,11 @@ def write(source: Source, out: Path, dtype: str | None = None) -> str:
 
 def check_vocabulary(source: Source, tokenizer: Any) -> None:
     """Raise UserError where a tokenizer has tokens that the model has no embedding for."""
-    if tokenizer is not None and len(tokenizer) > source.config.vocab_size:
-        raise UserError(
-            f"{source.where}: the tokenizer has {len(tokenizer)} tokens, the model only {source.config.vocab_size}"
-        )
+    if tokenizer is None:
+        return
+    count = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    if count > source.config.vocab_size:
+        raise UserError(f"{source.where}: the tokenizer has {count} tokens, the model only {source.config.vocab_size}")
 
 
 def open_converted(folder: Path) -> Source:
@@ -79,9 +83,9 @@ def open_converted(folder: Path) -> Source:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{folder / MANIFEST}: not the description of a converted model of format {FORMAT}")
-    for name in ("dtype", "fingerprint", "extras"):
-        if name not in manifest:
-            raise UserError(f"{folder / MANIFEST}: {name!r} is missing")
+    for name, kind in (("dtype", str), ("fingerprint", str), ("extras", dict)):
+        if not isinstance(manifest.get(name), kind):
+            raise UserError(f"{folder / MANIFEST}: {name!r} is missing or of the wrong kind")
     config = BackboneConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     dtype = hf.numpy_dtype(manifest["dtype"])
     tensors = {}

@@ -148,6 +148,8 @@ def combine(
     for name in weights:
         if name not in experts:
             raise UserError(f"weights: there is no expert {name!r} (experts: {', '.join(names)})")
+        if not abs(weights[name]) < 1e30:
+            raise UserError(f"weights: {name} = {weights[name]} is not a number of reasonable size")
     return stack(list(experts.values())), jnp.asarray([weights.get(n, 0.0) for n in names], jnp.float32)
 
 
