@@ -231,6 +231,7 @@ def test_theta_is_never_silent(caplog):
         ),
         ({"rope_theta": 10**400}, "rope_theta"),
         ({"vocab_size": 2**62}, "vocab_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"bos_token_id": [1, 2]}, "bos_token_id"),
         ({"eos_token_id": []}, "eos_token_id"),
         ({"eos_token_id": [2, 99999]}, "eos_token_id"),

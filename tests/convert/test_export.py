@@ -257,7 +257,7 @@ def test_mixture_gives_our_logits_and_routing(tmp_path, modules_cache, reading, 
     tokens, mask = batch()
     logits, pi = our_forward(backbone, tokens, mask, vectors, router)
     theirs = run_torch(model, tokens, mask, output_routing=True)
-    assert distance(theirs.logits.numpy(), logits, mask) <= 2e-4
+    assert np.abs(theirs.logits.numpy() - logits)[mask].max() <= 2e-4
     assert theirs.routing.shape == pi.shape
     assert np.abs(theirs.routing.numpy() - pi)[mask].max() <= 1e-4
     assert 0.1 < np.median(pi[mask].max(axis=-1)) < 0.95  # neither uniform nor one expert alone

@@ -15,6 +15,7 @@ from trinityx_jax.backbone.rope import RopeScaling, parse_scaling, positive, sca
 from trinityx_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+MOST_LAYERS = 10_000  # a file that says more is damaged
 DEFAULT_THETA = 10000.0  # what transformers documents, for every family here, for a file without a theta
 
 
@@ -215,7 +216,7 @@ def _check(config: Mapping[str, Any], where: str) -> None:
         value = config.get(name)
         if value is None:
             continue
-        if type(value) is not int or not 0 < value < 2**31:
+        if type(value) is not int or not 0 < value < (MOST_LAYERS if name == "num_hidden_layers" else 2**31):
             raise UserError(f"{where}: field {name!r} = {value!r} is not a positive whole number")
     for name in (*_SIZES, "rms_norm_eps"):
         if config.get(name) is None:

@@ -23,7 +23,7 @@ from trinityx_jax.files import read_json
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _SITE = {module: site for site, module in MODULES.items()}
-_KEY = re.compile(r"base_model\.model\.(model\.layers\.(0|[1-9][0-9]{0,5})\.(\w+\.\w+))\.lora_(A|B)\.weight")
+_KEY = re.compile(r"base_model\.model\.(model\.layers\.(0|[1-9][0-9]{0,3})\.(\w+\.\w+))\.lora_(A|B)\.weight")
 
 # Where an adapter comes from, how it was trained and begun: nothing that changes what it computes.
 _NO_EFFECT = {
