@@ -69,7 +69,7 @@ class TrainConfig(_Section):
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
     mode: Literal["joint", "single"] = "joint"
-    remat: bool = False
+    remat: Literal["none", "kept", "all"] = "kept"
 
 
 class CheckpointConfig(_Section):

@@ -209,7 +209,7 @@ def test_means_are_by_tokens_so_that_parts_add_up(losses_of: Callable[..., np.nd
 
 @pytest.fixture(scope="module")
 def step() -> Any:
-    return jax.jit(expert_step(CONFIG, make_optimizer(TRAIN, 10, True), dtype=jnp.float32, dropout=0.0, remat=False))
+    return jax.jit(expert_step(CONFIG, make_optimizer(TRAIN, 10, True), dtype=jnp.float32, dropout=0.0, remat="none"))
 
 
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -258,7 +258,7 @@ def test_an_expert_trained_among_others_is_the_one_trained_alone(step: Any) -> N
 
     together = train(slice(0, 3), step)
     begun = unstack(new_experts())
-    alone = jax.jit(expert_step(CONFIG, make_optimizer(TRAIN, 10, True), dtype=jnp.float32, dropout=0.0, remat=False))
+    alone = jax.jit(expert_step(CONFIG, make_optimizer(TRAIN, 10, True), dtype=jnp.float32, dropout=0.0, remat="none"))
     for e in range(3):
         (single,) = train(slice(e, e + 1), alone)
         for site in FEED_FORWARD:
@@ -294,7 +294,7 @@ def test_an_expert_with_a_huge_gradient_leaves_the_others_updates_alone() -> Non
 def test_dropout_is_each_experts_own_and_changes_with_the_step() -> None:
     experts, rows = new_experts(), [ROWS[0], ROWS[1]] * 3
     optimizer = optax.sgd(0.0)
-    update = jax.jit(expert_step(CONFIG, optimizer, dtype=jnp.float32, dropout=0.5, remat=False))
+    update = jax.jit(expert_step(CONFIG, optimizer, dtype=jnp.float32, dropout=0.5, remat="none"))
     equal = {s: {k: jnp.broadcast_to(x[:, :1], x.shape) for k, x in leaf.items()} for s, leaf in experts.items()}
     state = start(trained_experts(equal), optimizer)
     after, first = update(state, BASE, equal, KEYS, as_batch(rows))
@@ -345,7 +345,7 @@ def test_stage_2_trains_the_router_and_nothing_else(changes: dict[str, Any], lea
     assert paths(state.params) == expected
     assert all(paths(m) == expected for m in moments(state.opt_state))
     frozen = jax.tree.map(np.array, (BASE, experts))
-    update = jax.jit(router_step(CONFIG, optimizer, dtype=jnp.float32, remat=False))
+    update = jax.jit(router_step(CONFIG, optimizer, dtype=jnp.float32, remat="none"))
     after, metrics = update(state, BASE, experts, router, jax.random.key(0), BATCH)
     assert same((BASE, experts), frozen)
     new = router.replace(**after.params)

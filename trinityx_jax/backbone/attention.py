@@ -1,21 +1,102 @@
-"""Attention behind one signature; the implementation follows the platform."""
+"""Attention: blockwise over whole rows, in one piece over a cache. The softmax is in float32.
+
+Shapes: B batch, S queries, T keys, H query heads, K key/value heads (K divides H), G = H / K, N head size.
+A mask [B,S,T] is True where a query may look; any mask is honoured, and with it segments and windows.
+A query that may look nowhere gets finite values.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
+import jax.numpy as jnp
+
+from trinityx_jax.backbone.products import kept
+
+BLOCK, BLOCKS = 64, 8  # queries in a block, at least; blocks in a row, at most
+NEVER = -1e30  # a logit that no softmax sees, and that subtracts from itself
 
 
-def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention with grouped key/value heads; the softmax is in float32.
+def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """q [B,S,H,N] on keys and values [B,T,K,N] of a cache: [B,S,H,N] in q's dtype."""
+    queries, keys, values = _heads(q, k.shape[2]), _heads(k, k.shape[2])[:, :, 0], _heads(v, k.shape[2])[:, :, 0]
+    return _rows(_attend(queries, keys, values, mask)[0]).astype(q.dtype)
 
-    Args:
-        q: [B,S,H,N]. k, v: [B,T,K,N] with K dividing H.
-        mask: [B,S,T], True where a query may look. A query that may look nowhere gets finite values.
 
-    Returns:
-        [B,S,H,N] in q's dtype.
+@jax.custom_vjp
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """q [B,S,H,N] on k, v [B,S,K,N], no query looking past itself: [B,S,H,N] in q's dtype.
 
-    XLA's implementation serves every platform. cuDNN's flash attention takes no arbitrary mask
-    without materialising a bias, so it would bring nothing to this signature.
+    A block of queries meets the keys up to its own end only, and the backward pass makes the probabilities
+    again from their normaliser, so no [S,S] array is kept and almost half of the products are never made.
     """
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="xla")
+    return _forward(q, k, v, mask)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple]:
+    count = k.shape[2]
+    queries, keys, values = _heads(q, count), _heads(k, count)[:, :, 0], _heads(v, count)[:, :, 0]
+    out, normaliser = [], []
+    for start, end in _blocks(q.shape[1]):
+        own = mask[:, start:end, :end]
+        part, norm = _attend(queries[..., start:end, :], keys[:, :, :end], values[:, :, :end], own)
+        out.append(part)
+        normaliser.append(norm)
+    y = kept(_rows(jnp.concatenate(out, axis=-2)).astype(q.dtype))
+    return y, (q, k, v, mask, y, kept(jnp.concatenate(normaliser, axis=-1)))
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """q [B,K,G,S,N] on k, v [B,K,T,N]: values [B,K,G,S,N] and the logits' log-sum-exp [B,K,G,S], in float32."""
+    logits = _dot("bkgsn,bktn->bkgst", q, k) * q.shape[-1] ** -0.5
+    logits = jnp.where(mask[:, None, None], logits, NEVER)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    p = jnp.exp(logits - top)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    return _dot("bkgst,bktn->bkgsn", p.astype(q.dtype), v) / total, (top + jnp.log(total))[..., 0]
+
+
+def _backward(inputs: tuple, g: jax.Array) -> tuple:
+    q, k, v, mask, y, normaliser = inputs
+    size, count, dtype = q.shape[-1] ** -0.5, k.shape[2], q.dtype
+    queries, keys, values = _heads(q, count), _heads(k, count)[:, :, 0], _heads(v, count)[:, :, 0]
+    centre = _heads(jnp.sum(g.astype(jnp.float32) * y, axis=-1, keepdims=True), count)[..., 0]  # [B,K,G,S]
+    slopes, seen = _heads(g, count), jnp.swapaxes(mask, 1, 2)
+    dk, dv, dq = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(keys.shape, jnp.float32), []
+    for start, end in _blocks(q.shape[1]):  # keys first, [B,K,T,G,S]: no large array is transposed for a product
+        own_q, own_g, own_k = queries[..., start:end, :], slopes[..., start:end, :], keys[:, :, :end]
+        p = jnp.exp(_dot("bktn,bkgsn->bktgs", own_k, own_q) * size - normaliser[:, :, None, :, start:end])
+        p = jnp.where(seen[:, None, :end, None, start:end], p, 0.0)
+        dv = dv.at[:, :, :end].add(_dot("bktgs,bkgsn->bktn", p.astype(dtype), own_g))
+        slope = _dot("bktn,bkgsn->bktgs", values[:, :, :end], own_g) - centre[:, :, None, :, start:end]
+        slope = (p * slope * size).astype(dtype)
+        dq.append(jnp.moveaxis(_dot("bktn,bktgs->bkngs", own_k, slope), 2, -1))
+        dk = dk.at[:, :, :end].add(_dot("bktgs,bkgsn->bktn", slope, own_q))
+    back = _rows(jnp.concatenate(dq, axis=-2))
+    return back.astype(dtype), _rows(dk[:, :, None]).astype(k.dtype), _rows(dv[:, :, None]).astype(v.dtype), None
+
+
+causal_attention.defvjp(_forward, _backward)
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of blocks of queries: few enough to unroll, small enough to stay in a CPU's cache."""
+    size = max(BLOCK, -(-length // BLOCKS))
+    return ((start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _heads(x: jax.Array, count: int) -> jax.Array:
+    """[B,S,K*G,N] as [B,K,G,S,N]."""
+    batch, length, _, size = x.shape
+    return jnp.transpose(x.reshape(batch, length, count, -1, size), (0, 2, 3, 1, 4))
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """The inverse of ``_heads``."""
+    batch, count, group, length, size = x.shape
+    return jnp.transpose(x, (0, 3, 1, 2, 4)).reshape(batch, length, count * group, size)
+
+
+def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from trinityx_jax.backbone.attention import dot_product_attention
+from trinityx_jax.backbone.attention import cached_attention, causal_attention
+from trinityx_jax.backbone.products import kept, matmul
 from trinityx_jax.backbone.rope import RopeScaling, inverse_frequencies
 
 Weights = Mapping[str, jax.Array]
@@ -41,7 +42,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) ->
 
 def linear(weights: Weights, x: jax.Array) -> jax.Array:
     """``x @ kernel + bias`` in x's dtype: [..., in] -> [..., out]."""
-    y = x @ weights["kernel"].astype(x.dtype)
+    y = matmul(x, weights["kernel"])
     if "bias" in weights:
         y = y + weights["bias"].astype(x.dtype)
     return y
@@ -90,13 +91,14 @@ def attention(
     def heads(name: str) -> jax.Array:
         return apply(name, weights[name], u).reshape(batch, length, -1, head_dim)
 
-    q, k, v = rotate(heads("q"), *rotary), rotate(heads("k"), *rotary), heads("v")
-    keys, values = k, v
-    if cached is not None:
+    q, k, v = kept(rotate(heads("q"), *rotary)), kept(rotate(heads("k"), *rotary)), kept(heads("v"))
+    if cached is None:
+        out = causal_attention(q, k, v, mask)
+    else:
         old_k, old_v, slot = cached
         keys = jax.lax.dynamic_update_slice_in_dim(old_k, k.astype(old_k.dtype), slot, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(old_v, v.astype(old_v.dtype), slot, axis=1)
-    out = dot_product_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
+        out = cached_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
     return apply("o", weights["o"], out.reshape(batch, length, -1)), (k, v)
 
 

@@ -17,9 +17,16 @@ import jax.numpy as jnp
 from trinityx_jax.backbone import layers
 from trinityx_jax.backbone.cache import Cache
 from trinityx_jax.backbone.config import BackboneConfig
+from trinityx_jax.backbone.products import KEPT, bits, kept, matmul, unpacked
 
 Params = Mapping[str, Any]
 NO_WINDOW = 2**30  # positions; more than any sequence has
+# What the backward pass finds of a layer: all its values; those marked ``kept``; its input alone.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "kept": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "all": jax.checkpoint_policies.nothing_saveable,
+}
 # (mlp weights, residual h [B,S,D], normed u [B,S,D], this layer's inputs) -> (new residual, aux)
 FeedForward = Callable[[Mapping[str, Any], jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 # (q | k | v | o, its weights, input [B,S,in], this layer's inputs, handed down) -> [B,S,out]
@@ -60,7 +67,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
-        weights: dict[str, Any] = {"kernel": self.param("kernel", init, self.shape, jnp.float32)}
+        kernel: Any = self.param("kernel", init, self.shape, jnp.float32)
+        weights: dict[str, Any] = {"kernel": unpacked(kernel)}
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             weights["bias"] = self.param("bias", zeros, self.shape[1:], jnp.float32)
@@ -120,7 +128,7 @@ class Block(nn.Module):
             if (outer := self.attention_linear) is not None:
                 project = lambda name, w, x: outer(name, w, x, layer.get("inputs"), handed)  # noqa: E731
             y, new = layers.attention(attn, u, shared["rotary"], mask, c.head_dim, cached, project)
-            h = h + y
+            h = kept(h + y)
         with jax.named_scope("feed_forward"):
             u = layers.rms_norm(h, Norm(d, c.norm_offset, name="mlp_norm")(), c.rms_norm_eps, c.norm_offset)
             h, aux = self.feed_forward(mlp, h, u, layer.get("inputs"))
@@ -136,7 +144,7 @@ class Decoder(nn.Module):
     config: BackboneConfig
     feed_forward: FeedForward
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"  # a key of REMAT
     attention_linear: AttentionLinear | None = None
 
     @nn.compact
@@ -152,12 +160,14 @@ class Decoder(nn.Module):
         table = _Embedding((c.vocab_size, c.hidden_size), name="embed")()
         if not c.tie_embeddings:
             Linear((c.hidden_size, c.vocab_size), ("embed", "vocab"), name="lm_head")()
-        h = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        h = unpacked(jnp.take(bits(table), tokens, axis=0)).astype(self.dtype)
         if c.scale_embedding:  # the factor is rounded to the dtype, as the model was trained
             h = h * jnp.asarray(c.hidden_size**0.5, self.dtype)
         shared, layer = _attention_inputs(c, mask, cache)
         layer["inputs"] = inputs
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -209,12 +219,11 @@ def _attention_inputs(config: BackboneConfig, mask: jax.Array, cache: Cache | No
 
 
 def unembed(params: Params, config: BackboneConfig, hidden: jax.Array) -> jax.Array:
-    """Hidden states [...,D] to float32 logits [...,V]."""
-    if config.tie_embeddings:
-        table = params["embed"]["embedding"].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-    kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
-    return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+    """Hidden states [...,D] to float32 logits [...,V], as a product of operands of the narrower dtype."""
+    tied = config.tie_embeddings
+    table = params["embed"]["embedding"] if tied else params["lm_head"]["kernel"]
+    narrow = min(hidden.dtype, table.dtype, key=lambda dtype: dtype.itemsize)
+    return matmul(hidden.astype(jnp.float32), table, narrow, tied)
 
 
 def abstract_params(config: BackboneConfig) -> Any:

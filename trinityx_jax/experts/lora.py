@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from trinityx_jax.backbone import BackboneConfig
+from trinityx_jax.backbone.products import matmul
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts.task_vector import TaskVector, same_shape
 
@@ -119,18 +121,26 @@ def _pad_rank(site: Site, rank: int) -> dict[str, jax.Array]:
     }
 
 
-def delta_weighted(site: Site, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Sum over experts of weight [...,E] times delta, mixed in the low-rank space: -> [...,out]."""
-    low = jnp.einsum("...i,eir->...er", x, site["a"].astype(x.dtype))
-    low = (low.astype(jnp.float32) * (weight * site["scale"])[..., None]).astype(x.dtype)
-    out = jnp.einsum("...er,ero->...o", low, site["b"].astype(x.dtype), preferred_element_type=jnp.float32)
-    return out.astype(x.dtype)
+def delta_weighted(site: Site, x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
+    """Sum over experts of weight [...,E] times delta, mixed in the low-rank space: -> [...,out].
+
+    Args:
+        dtype: of the products' operands; None is the narrower of x's and the factors'.
+    """
+    count, size, rank = site["a"].shape
+    low = matmul(x, jnp.swapaxes(site["a"], 0, 1).reshape(size, -1), dtype)
+    low = low.reshape(*x.shape[:-1], count, rank).astype(jnp.float32) * (weight * site["scale"])[..., None]
+    low = low.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    return matmul(low, site["b"].reshape(count * rank, -1), dtype)
 
 
-def delta_grouped(site: Site, x: jax.Array, dropout: jax.Array | None = None, rate: float = 0.0) -> jax.Array:
+def delta_grouped(
+    site: Site, x: jax.Array, dtype: Any = None, dropout: jax.Array | None = None, rate: float = 0.0
+) -> jax.Array:
     """One expert per row, rows grouped by expert: x [E*B,S,in] -> [E*B,S,out].
 
     Args:
+        dtype: as in ``delta_weighted``.
         dropout: one key per expert [E], or None in evaluation; the mask falls on the input.
     """
     count = site["a"].shape[0]
@@ -138,7 +148,5 @@ def delta_grouped(site: Site, x: jax.Array, dropout: jax.Array | None = None, ra
     if dropout is not None and rate > 0.0:
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, grouped.shape[1:]))(dropout)
         grouped = jnp.where(keep, grouped / (1.0 - rate), 0.0).astype(x.dtype)
-    low = jnp.einsum("ebsi,eir->ebsr", grouped, site["a"].astype(x.dtype))
-    low = low * site["scale"].astype(x.dtype)[:, None, None, None]
-    out = jnp.einsum("ebsr,ero->ebso", low, site["b"].astype(x.dtype))
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+    low = matmul(grouped, site["a"], dtype) * site["scale"].astype(x.dtype)[:, None, None, None]
+    return matmul(low, site["b"], dtype).reshape(*x.shape[:-1], -1)

@@ -19,8 +19,8 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.experts import lora
 from trinityx_jax.mocae.router import MoCaEConfig, Router, mixture_weights
 
-# (site's factors, input [B,S,in], this layer's inputs, handed down, index of the site) -> delta [B,S,out]
-Mix = Callable[[lora.Site, jax.Array, Any, Any, int], jax.Array]
+# (site's factors, input [B,S,in], dtype of products, this layer's inputs, handed down, index of the site) -> delta
+Mix = Callable[[lora.Site, jax.Array, Any, Any, Any, int], jax.Array]
 
 
 def split_sites(experts: lora.Experts) -> tuple[dict[str, lora.Site], dict[str, lora.Site]]:
@@ -45,21 +45,27 @@ def _linear(mix: Mix) -> AttentionLinear:
     def apply(name: str, weights: Mapping[str, jax.Array], x: jax.Array, inputs: Any, handed: Any) -> jax.Array:
         y = linear(weights, x)
         site = inputs["attention"].get(name)
-        return y if site is None else y + mix(site, x, inputs, handed, len(lora.FEED_FORWARD) + "qkvo".index(name))
+        return (
+            y
+            if site is None
+            else y + mix(site, x, weights["kernel"].dtype, inputs, handed, len(lora.FEED_FORWARD) + "qkvo".index(name))
+        )
 
     return apply
 
 
 def static_attention() -> AttentionLinear:
     """Fixed weights [E] for all tokens."""
-    return _linear(lambda site, x, inputs, handed, _: lora.delta_weighted(site, x, inputs["weights"]))
+    return _linear(lambda site, x, dtype, inputs, *_: lora.delta_weighted(site, x, inputs["weights"], dtype))
 
 
 def routed_attention(mocae: MoCaEConfig) -> AttentionLinear:
     """By ``attention_deltas``: gamma~ for all tokens, or what the layer before hands down."""
     if mocae.attention_deltas == "merge":
-        return _linear(lambda site, x, inputs, handed, _: lora.delta_weighted(site, x, inputs["router"]["gamma"]))
-    return _linear(lambda site, x, inputs, handed, _: lora.delta_weighted(site, x, handed))
+        return _linear(
+            lambda site, x, dtype, inputs, *_: lora.delta_weighted(site, x, inputs["router"]["gamma"], dtype)
+        )
+    return _linear(lambda site, x, dtype, _, handed, *__: lora.delta_weighted(site, x, handed, dtype))
 
 
 def first_weights(router: Router, batch: int, length: int) -> jax.Array:
@@ -72,9 +78,9 @@ def first_weights(router: Router, batch: int, length: int) -> jax.Array:
 def grouped_attention(dropout: float = 0.0) -> AttentionLinear:
     """Stage 1: rows grouped by expert, each group with its own expert's deltas."""
 
-    def mix(site: lora.Site, x: jax.Array, inputs: Any, _: Any, index: int) -> jax.Array:
+    def mix(site: lora.Site, x: jax.Array, dtype: Any, inputs: Any, _: Any, index: int) -> jax.Array:
         keys = inputs.get("keys")
         own = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
-        return lora.delta_grouped(site, x, own, dropout)
+        return lora.delta_grouped(site, x, dtype, own, dropout)
 
     return _linear(mix)

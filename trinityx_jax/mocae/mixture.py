@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from trinityx_jax.backbone import BackboneConfig
 from trinityx_jax.backbone.layers import ACTIVATION_FUNCTIONS, linear
 from trinityx_jax.backbone.model import FeedForward
+from trinityx_jax.backbone.products import kept, matmul
 from trinityx_jax.experts import lora
 from trinityx_jax.mocae import router as routing
 from trinityx_jax.mocae.router import MoCaEConfig
@@ -37,17 +38,18 @@ def mixture(
     Returns:
         [B,S,D] in u's dtype.
     """
-    gate, up = linear(mlp["gate"], u), linear(mlp["up"], u)  # [B,S,F]
+    gate, up = kept(linear(mlp["gate"], u)), kept(linear(mlp["up"], u))  # [B,S,F]
+    narrow = mlp["gate"]["kernel"].dtype
     # The backward pass needs gate, up and u anyway; the E branches are cheaper made again than kept.
-    branches = jax.checkpoint(_branches, static_argnums=(5, 6))
-    mixed, low = branches(gate, up, u, experts, alpha, activation, anchored)
+    branches = jax.checkpoint(_branches, static_argnums=(5, 6, 7))
+    mixed, low = branches(gate, up, u, experts, alpha, activation, anchored, narrow)
     y = linear(mlp["down"], mixed)
     if not anchored and "bias" in mlp["down"]:  # every expert carries the bias: it is weighted too
         bias = mlp["down"]["bias"].astype(u.dtype)
         y = y + (jnp.sum(alpha, axis=-1, keepdims=True) - 1.0).astype(u.dtype) * bias
     if low is not None:
-        b = experts["down"]["b"].astype(u.dtype)  # [E,R,D]
-        y = y + low @ b.reshape(-1, b.shape[-1])
+        b = experts["down"]["b"]  # [E,R,D]
+        y = y + matmul(low, b.reshape(-1, b.shape[-1]), narrow)
     return y
 
 
@@ -59,6 +61,7 @@ def _branches(
     alpha: jax.Array,
     activation: str,
     anchored: bool,
+    narrow: Any,
 ) -> tuple[jax.Array, jax.Array | None]:
     """sum_i alpha_i m_i [B,S,F], and what alpha_i m_i leaves in the down site's low rank [B,S,E*R]."""
     act = ACTIVATION_FUNCTIONS[activation]
@@ -67,12 +70,12 @@ def _branches(
     lows = []
     for e in range(alpha.shape[-1]):
         one = {site: {k: x[e] for k, x in leaf.items()} for site, leaf in experts.items()}
-        m = act(gate + _delta(one.get("gate"), u)) * (up + _delta(one.get("up"), u))
+        m = act(gate + _delta(one.get("gate"), u, narrow)) * (up + _delta(one.get("up"), u, narrow))
         weight = alpha[..., e : e + 1]
         mixed = mixed + weight * (m if base is None else m - base).astype(jnp.float32)
         if "down" in one:
             weighted = (weight * m.astype(jnp.float32)).astype(u.dtype)
-            lows.append(one["down"]["scale"].astype(u.dtype) * (weighted @ one["down"]["a"].astype(u.dtype)))
+            lows.append(one["down"]["scale"].astype(u.dtype) * matmul(weighted, one["down"]["a"], narrow))
     mixed = mixed.astype(u.dtype)
     mixed = mixed if base is None else base + mixed
     return mixed, jnp.concatenate(lows, axis=-1) if lows else None
@@ -87,17 +90,17 @@ def weight_mixture(mlp: Mlp, experts: lora.Experts, u: jax.Array, alpha: jax.Arr
 
     def site(name: str, x: jax.Array) -> jax.Array:
         y = linear(mlp[name], x)
-        return y + lora.delta_weighted(experts[name], x, alpha) if name in experts else y
+        return y + lora.delta_weighted(experts[name], x, alpha, mlp[name]["kernel"].dtype) if name in experts else y
 
     return site("down", act(site("gate", u)) * site("up", u))
 
 
-def _delta(site: lora.Site | None, x: jax.Array) -> jax.Array | float:
+def _delta(site: lora.Site | None, x: jax.Array, dtype: Any) -> jax.Array | float:
     """One expert's delta: [...,in] -> [...,out]; zero where the expert has no such site."""
     if site is None:
         return 0.0
-    low = (x @ site["a"].astype(x.dtype)) * site["scale"].astype(x.dtype)
-    return low @ site["b"].astype(x.dtype)
+    low = matmul(x, site["a"], dtype) * site["scale"].astype(x.dtype)
+    return matmul(low, site["b"], dtype)
 
 
 def routed_feed_forward(config: BackboneConfig, mocae: MoCaEConfig, deterministic: bool = True) -> FeedForward:
@@ -143,9 +146,10 @@ def grouped_feed_forward(config: BackboneConfig, dropout: float = 0.0) -> FeedFo
             if name not in layer["experts"]:
                 return y
             own = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
-            return y + lora.delta_grouped(layer["experts"][name], x, own, dropout)
+            return y + lora.delta_grouped(layer["experts"][name], x, mlp[name]["kernel"].dtype, own, dropout)
 
-        return h + site("down", act(site("gate", u, 0)) * site("up", u, 1), 2), None
+        gate, up = kept(site("gate", u, 0)), kept(site("up", u, 1))
+        return h + site("down", act(gate) * up, 2), None
 
     return apply
 

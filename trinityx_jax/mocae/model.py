@@ -27,7 +27,7 @@ def hidden_states(
     cache: Cache | None = None,
     dtype: Any = jnp.float32,
     dropout: jax.Array | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, dict[str, jax.Array] | None, Cache | None]:
     """Final hidden states [B,S,D] of the base, of a static combination, or of the routed mixture.
 

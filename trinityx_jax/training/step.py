@@ -63,7 +63,7 @@ def expert_loss(
     dtype: Any = jnp.float32,
     dropout: float = 0.0,
     keys: jax.Array | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
     """Sum over experts of each one's mean loss on its own rows, so experts do not influence each other.
 
@@ -101,7 +101,7 @@ def router_loss(
     *,
     dtype: Any = jnp.float32,
     dropout: jax.Array | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """L = L_task + lambda_entropy L_entropy + lambda_kl L_KL + lambda_gate L_gate (paper 3.2, METHOD 2).
 
@@ -135,7 +135,7 @@ def router_loss(
 
 
 def expert_step(
-    config: BackboneConfig, optimizer: optax.GradientTransformation, *, dtype: Any, dropout: float, remat: bool
+    config: BackboneConfig, optimizer: optax.GradientTransformation, *, dtype: Any, dropout: float, remat: str
 ) -> Callable[..., tuple[TrainState, Arrays]]:
     """One stage 1 update: (state, base, experts, keys [E], batch) -> (state, metrics). Jit with state donated."""
 
@@ -156,7 +156,7 @@ def expert_step(
 
 
 def router_step(
-    config: BackboneConfig, optimizer: optax.GradientTransformation, *, dtype: Any, remat: bool
+    config: BackboneConfig, optimizer: optax.GradientTransformation, *, dtype: Any, remat: str
 ) -> Callable[..., tuple[TrainState, Arrays]]:
     """One stage 2 update: (state, base, experts, router, key, batch) -> (state, metrics)."""
 

@@ -1,0 +1,105 @@
+"""Matrix products of narrow operands with wide sums, and what of a layer the backward pass keeps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+KEPT = "kept"  # the name under which ``kept`` values are known to checkpoint policies
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """``x``, marked as worth its memory until the backward pass where cheaper values are made again."""
+    return checkpoint_name(x, KEPT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None, transposed: bool = False) -> jax.Array:
+    """``x @ kernel`` in x's dtype, summed in float32: [...,I], [I,O] -> [...,O].
+
+    Both may have a group axis first: [E,...,I], [E,I,O] -> [E,...,O].
+
+    Args:
+        dtype: of the operands; None is the narrower of the two. The gradients are products of such operands
+            too, in the dtypes of x and kernel. Left to itself JAX would multiply a float32 cotangent with a
+            bfloat16 kernel, for which no platform has a fast path.
+        transposed: the kernel is [O,I].
+    """
+    shape = (*x.shape[:-1], kernel.shape[-2 if transposed else -1])
+    spec = f"ni,{'oi' if transposed else 'io'}->no"
+    return _product(spec, x, kernel, _operands(x, kernel, dtype), shape, x.dtype)
+
+
+def _forward(x: Any, kernel: Any, dtype: Any, transposed: bool) -> tuple[jax.Array, tuple]:
+    """A frozen kernel costs nothing: x is not kept for its gradient, only (as an empty array) x's dtype."""
+    wanted = x.value if kernel.perturbed else jnp.zeros((0,), x.value.dtype)
+    return matmul(x.value, kernel.value, dtype, transposed), (wanted, kernel.value)
+
+
+def _backward(dtype: Any, transposed: bool, inputs: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    x, kernel = inputs
+    dtype, letters = _operands(x, kernel, dtype), "oi" if transposed else "io"
+    shape = (*g.shape[:-1], kernel.shape[-1 if transposed else -2])
+    dx = _product(f"no,{letters}->ni", g, kernel, dtype, shape, x.dtype)
+    return dx, _product(f"ni,no->{letters}", x, g, dtype, kernel.shape, kernel.dtype) if x.size else None
+
+
+matmul.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _operands(x: jax.Array, kernel: jax.Array, dtype: Any) -> Any:
+    return dtype or min(x.dtype, kernel.dtype, key=lambda kind: kind.itemsize)
+
+
+def _product(spec: str, x: jax.Array, y: jax.Array, operands: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """An einsum over flat rows n, group by group where there is a group axis."""
+    left, right, out = spec.replace("->", ",").split(",")
+    grouped = min(x.ndim, y.ndim, len(shape)) > 2
+
+    def operand(value: jax.Array, letters: str) -> jax.Array:
+        rows = value.shape[:1] if grouped else ()
+        return (value.reshape(*rows, -1, value.shape[-1]) if "n" in letters else value).astype(operands)
+
+    def single(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
+
+    x, y = operand(x, left), operand(y, right)
+    if grouped and "n" not in out:  # a sum over rows: one batched product is several times slower on a CPU
+        z = jnp.stack([single(x[e], y[e]) for e in range(len(x))])
+    else:
+        z = jax.vmap(single)(x, y) if grouped else single(x, y)
+    return z.reshape(shape).astype(dtype)
+
+
+def activations(dtype: Any) -> Any:
+    """The dtype of activations in training at ``dtype``, which that of the parameters stays.
+
+    A CPU has fast products of bfloat16 operands and nothing else: what lies between them is float32 there.
+    """
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else dtype)
+
+
+def packed(params: Mapping[str, Any]) -> Any:
+    """The same parameters, stacks of bfloat16 matrices as the uint16 of the same bits; ``unpacked`` undoes it.
+
+    XLA slices a stack of bfloat16 on a CPU by way of float32, the whole stack in every step; of integers
+    it takes the slice alone.
+    """
+    if jax.default_backend() != "cpu":
+        return params
+    return jax.jit(lambda tree: jax.tree.map(lambda x: bits(x) if x.ndim > 2 else x, tree))(params)
+
+
+def bits(x: jax.Array) -> jax.Array:
+    """bfloat16 as uint16; anything else as it is."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def unpacked(x: jax.Array) -> jax.Array:
+    """The inverse of ``bits``."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
