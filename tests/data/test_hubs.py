@@ -96,7 +96,13 @@ def test_tfds_without_tensorflow(tfds_dir, monkeypatch, caplog) -> None:
         load_examples("tfds:tiny_beaver/small", "beavertails", "test")
     code = """
         import sys
-        sys.modules["tensorflow"] = None  # importing it fails
+
+        class NoTensorFlow:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "tensorflow":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        sys.meta_path.insert(0, NoTensorFlow())
         from trinityx_jax.data.objectives import load_examples
         print(len(load_examples("tfds:tiny_beaver/small", "beavertails")))
     """
