@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,9 +63,13 @@ def load_training_rows(config: RunConfig, backbone: Backbone) -> Rows:
     return encode_parts(config, load_parts(config), backbone.tokenizer)
 
 
-def load_parts(config: RunConfig) -> dict[str, Part]:
-    """The examples of every entry of ``data`` that an expert learns from; errors as ``load_training_rows``."""
-    needed = {name: data for expert in config.experts.names for name, data in config.parts(expert).items()}
+def load_parts(config: RunConfig, experts: Sequence[str] | None = None) -> dict[str, Part]:
+    """The examples of every entry of ``data`` that these experts learn from (None: all of the configuration's).
+
+    Raises:
+        UserError: rows cannot be read, or too few are left.
+    """
+    needed = {name: data for e in experts or config.experts.names for name, data in config.parts(e).items()}
     parts = {name: _load_part(name, data, config.seed) for name, data in needed.items()}
     _warn_across(parts)
     return parts
