@@ -248,7 +248,8 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: {_sentence(error.errors()[0], values)}") from error
+        first = min(error.errors(), key=lambda e: e["type"] not in UNKNOWN)  # a misspelt key leaves another missing
+        raise UserError(f"{where}: {_sentence(first, values)}") from error
 
 
 def save_config(config: RunConfig, path: Path, stage: str) -> None:
@@ -276,9 +277,12 @@ def _override(values: dict[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names for a key that there is not
+
+
 def _sentence(error: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     place = ".".join(str(part) for part in error["loc"])
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if error["type"] in UNKNOWN:
         return f"{place}: unknown key{_nearest(str(error['loc'][-1]), _known(error['loc']))}"
     if error["type"] == "missing":
         return f"{place}: this key is needed"

@@ -61,7 +61,9 @@ def test_counts_and_rows(capsys, config) -> None:
     assert "11 train, 3 calibration, 3 validation; 0 cut" in out
     assert re.search(r"\[\[r\\x1b\[31m \d+<\|im_end\|>\]\]", out)  # a row's escape codes are shown, not obeyed
     assert re.search(r"x\.jsonl:\d+: \d+ tokens, \d+ given, \d+ learned\n", out)
-    assert re.search(r"Response:\[\[.+?\]\]\{\{", out.replace("\n", " ")) or "### Instruction:" in out
+    assert re.search(
+        r"\{\{[^{]*### Response:\}\}\[\[\w+\]\]\{\{.*<\|im_end\|>\}\}", out
+    )  # prompt and answer are both cut
     assert cli.main(["data", "show", str(config), "--rows", "0", "--objective", "safe"]) == 0
     out = capsys.readouterr().out
     assert "safe: " in out
@@ -97,13 +99,13 @@ def test_bad_options_are_one_sentence(capsys, config, words: list[str], says: st
     assert says in lines[0]
 
 
-def test_a_tokenizer_is_opened_without_weights(tiny_model, tmp_path, smollm2) -> None:
+def test_a_tokenizer_is_opened_without_weights(tiny_model, tmp_path) -> None:
     for path in tiny_model.iterdir():
         if path.suffix != ".safetensors":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     text = "a word <|im_end|>"
     assert open_tokenizer(tmp_path)(text)["input_ids"] == open_tokenizer(tiny_model)(text)["input_ids"]
-    assert open_tokenizer("smollm2")(text)["input_ids"] == open_tokenizer(smollm2)(text)["input_ids"]
+    assert len(open_tokenizer("smollm2")) == 49152
     (tmp_path / "empty").mkdir()
     assert open_tokenizer(tmp_path / "empty") is None
     for src, says in (("owner/none", "the hub did not give it"), (tmp_path / "config.json", "not a model")):

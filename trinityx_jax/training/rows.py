@@ -117,9 +117,11 @@ def _apart(name: str, data: DataConfig, examples: list[Example], tests: list[Exa
     prompts = len({e.question for e in examples})
     kept = [e for e in examples if e.question not in shared]
     rows = len(examples) - len(kept)
+    verbatim = {e.prompt for e in tests}
+    exact = sum(e.prompt in verbatim for e in examples)
     told = (
-        f"data.{name}: {len(shared):,} of {prompts:,} training prompts ({rows:,} of {len(examples):,} rows) also stand "
-        f"in the test rows"
+        f"data.{name}: {len(shared):,} of {prompts:,} training prompts ({rows:,} of {len(examples):,} rows, {exact:,} "
+        f"of them letter by letter) also stand in the test rows"
     )
     if data.on_overlap == "error":
         raise UserError(f"{told} (on_overlap: error)")
