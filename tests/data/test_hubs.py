@@ -51,6 +51,13 @@ def test_a_hub_id_is_read_from_its_cache(hub) -> None:
             load_examples(bad, "truthfulqa", split)
 
 
+def test_a_folder_is_read_as_a_local_copy_of_a_hub_data_set(hub, tmp_path) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text(json.dumps({k: v[0] for k, v in HONEST.items()}))
+    assert [e.response for e in load_examples(str(folder), "truthfulqa", "test")] == ["a", "b"]
+
+
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
     """A TFDS data set in array_record files, made by TFDS itself without TensorFlow; one row is not UTF-8."""

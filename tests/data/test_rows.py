@@ -149,13 +149,16 @@ def test_bad_rows_of_every_kind_of_file_name_their_line(tmp_path, caplog) -> Non
         ("x.json", '[{"a": 1},\n]', r"x\.json:2: not JSON"),
         ("x.json", '[{"a": 1}\n] [', r"x\.json:2: not JSON \(text after"),
         ("x.json", '[{"a": 1}', r"x\.json:1: not JSON"),
+        ("x.json", b'[\n{"a": 1},\n\xff]', r"x\.json:3: not UTF-8"),
+        ("x.json", "[\n" + "[" * 99999, r"x\.json:2: not JSON \(nested too deeply\)"),
+        ("x.json", "[\n" + "1" * 9999 + "]", r"x\.json:2: not JSON \(Exceeds the limit"),
         ("x.csv", 'a,b\n1,2\n3,"4\n5,6\n', r"x\.csv:3: not CSV \(unexpected end of data\)"),
         ("x.csv", "a,a\n1,2\n", "names a column twice"),
         ("x.parquet", "PAR1", r"x\.parquet: not a Parquet file"),
         ("y", "", "`datasets` did not give split 'train'"),
     ],
 )
-def test_files_that_are_not_what_their_name_says(tmp_path, name: str, content: str, says: str) -> None:
+def test_files_that_are_not_what_their_name_says(tmp_path, name: str, content: str | bytes, says: str) -> None:
     path = write(tmp_path, name, content) if "." in name else tmp_path / name
     with pytest.raises(UserError, match=says):
         load_examples(str(path), "alpaca", skip_bad=True)

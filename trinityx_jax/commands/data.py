@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 from tyro.conf import Positional, Suppress
@@ -114,6 +113,8 @@ def segments(row: Encoded, full: Encoded, tokenizer: Any) -> list[tuple[int, str
 
     What is learned is asked of a batch of the row, so that what is shown is what training sees.
     """
+    import numpy as np
+
     from trinityx_jax.data.batching import make_batch
 
     batch = make_batch([row], [0], 0)

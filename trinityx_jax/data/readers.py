@@ -19,24 +19,24 @@ Item = tuple[str, Row | BadRow]  # the place names file and line, or data set an
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def read_file(path: Path) -> Iterator[Item]:
-    """The rows of a local file, in its order.
+def read_file(path: Path, name: str) -> Iterator[Item]:
+    """The rows of a local file, in its order; ``name`` is what places call it.
 
     Raises:
         UserError: the file cannot be opened, or is not of the kind that its name says.
     """
     if path.suffix == ".parquet":
-        yield from _parquet(path)
+        yield from _parquet(path, name)
         return
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{name}: no such file") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from error
     # Bytes that are not UTF-8 become lone surrogates, which ``plain`` finds in the row they stand in.
     text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-    yield from READERS[path.suffix](path, text)
+    yield from READERS[path.suffix](name, text)
 
 
 def plain(value: Any, place: str) -> Row | BadRow:
@@ -65,64 +65,66 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _lines(path: Path, text: str) -> Iterator[Item]:
+def _lines(name: str, text: str) -> Iterator[Item]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        place = f"{path}:{number}"
+        place = f"{name}:{number}"
         try:
             yield place, plain(json.loads(line), place)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield place, _not_json(place, line, error)
+        except (ValueError, RecursionError) as error:
+            told = _not_json(line, error)
+            yield place, BadRow(place, told.partition(" (")[0], told)
 
 
-def _not_json(place: str, text: str, error: Exception) -> BadRow:
-    if any("\udc80" <= char <= "\udcff" for char in text):
-        return BadRow(place, "not UTF-8", "not UTF-8")
-    return BadRow(place, "not JSON", f"not JSON ({getattr(error, 'msg', 'nested too deeply')})")
+def _not_json(text: str, error: Exception) -> str:
+    at = error.pos if isinstance(error, json.JSONDecodeError) else 0
+    if "\udc80" <= text[at : at + 1] <= "\udcff":
+        return "not UTF-8"
+    reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", first_line(error))
+    return f"not JSON ({reason})"
 
 
-def _list(path: Path, text: str) -> Iterator[Item]:
+def _list(name: str, text: str) -> Iterator[Item]:
     """A JSON list, item by item, so that each row's line is known."""
     decode = json.JSONDecoder().raw_decode
     at = _SPACE.match(text).end()  # type: ignore[union-attr]  # it matches nothing as well
     if at == len(text):
         return
     if text[at] != "[":
-        kind = type(_parse(path, text, decode, at)[0]).__name__
-        raise UserError(f"{path}: expected a JSON list of rows, found {kind}")
+        kind = type(_parse(name, text, decode, at)[0]).__name__
+        raise UserError(f"{name}: expected a JSON list of rows, found {kind}")
     at, line, seen, index, separator = at + 1, 1, 0, 0, ""
     while True:
         at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
         if text[at : at + 1] == "]" and separator != ",":
             break
         line, seen = line + text.count("\n", seen, at), at
-        place = f"{path}:{line}[{index}]"
-        value, at = _parse(path, text, decode, at)
+        place = f"{name}:{line}[{index}]"
+        value, at = _parse(name, text, decode, at)
         yield place, plain(value, place)
         at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
         separator, index = text[at : at + 1], index + 1
         if separator not in (",", "]"):
-            raise UserError(f"{path}:{text.count(chr(10), 0, at) + 1}: not JSON (expected ',' or ']')")
+            raise UserError(f"{name}:{text.count(chr(10), 0, at) + 1}: not JSON (expected ',' or ']')")
         at += separator == ","
     if text[at + 1 :].strip():
-        raise UserError(f"{path}:{text.count(chr(10), 0, at) + 1}: not JSON (text after the list)")
+        raise UserError(f"{name}:{text.count(chr(10), 0, at) + 1}: not JSON (text after the list)")
 
 
-def _parse(path: Path, text: str, decode: Callable[[str, int], tuple[Any, int]], at: int) -> tuple[Any, int]:
+def _parse(name: str, text: str, decode: Callable[[str, int], tuple[Any, int]], at: int) -> tuple[Any, int]:
     try:
         return decode(text, at)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    except RecursionError:
-        raise UserError(f"{path}: not JSON (nested too deeply)") from None
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", text.count("\n", 0, at) + 1)
+        raise UserError(f"{name}:{line}: {_not_json(text, error)}") from None
 
 
-def _csv(path: Path, text: str) -> Iterator[Item]:
+def _csv(name: str, text: str) -> Iterator[Item]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     while True:
-        place = f"{path}:{reader.line_num + 1}"  # where the row begins: a quoted field may hold line ends
+        place = f"{name}:{reader.line_num + 1}"  # where the row begins: a quoted field may hold line ends
         try:
             values = next(reader, None)
         except csv.Error as error:
@@ -142,7 +144,7 @@ def _csv(path: Path, text: str) -> Iterator[Item]:
             yield place, plain(dict(zip(header, values, strict=True)), place)
 
 
-def _parquet(path: Path) -> Iterator[Item]:
+def _parquet(path: Path, name: str) -> Iterator[Item]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -156,13 +158,13 @@ def _parquet(path: Path) -> Iterator[Item]:
                     for c in batch.columns
                 ]
                 for values in zip(*(c.to_pylist() for c in columns), strict=True):
-                    place = f"{path}[{index}]"
+                    place = f"{name}[{index}]"
                     yield place, plain(dict(zip(batch.schema.names, values, strict=True)), place)
                     index += 1
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{name}: no such file") from None
     except (pa.ArrowException, OSError, UnicodeError) as error:
-        raise UserError(f"{path}: not a Parquet file that can be read ({first_line(error)})") from error
+        raise UserError(f"{name}: not a Parquet file that can be read ({first_line(error)})") from error
 
 
 def first_line(error: BaseException) -> str:
@@ -170,5 +172,5 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Item]]] = {".json": _list, ".jsonl": _lines, ".csv": _csv}
+READERS: dict[str, Callable[[str, str], Iterator[Item]]] = {".json": _list, ".jsonl": _lines, ".csv": _csv}
 SUFFIXES = (*READERS, ".parquet")

@@ -36,7 +36,7 @@ def load_items(source: str, split: str = "train") -> list[Item]:
         path = Path(source)
         if not path.exists() and source.startswith("samples/"):
             path = Path(str(resources.files("trinityx_jax").joinpath("data", source)))
-        items = _slice(list(read_file(path)), source, split)
+        items = _slice(list(read_file(path, source)), source, split)
     elif Path(source).is_file():
         raise UserError(f"{source}: not a data file (expected {', '.join(SUFFIXES)}, or a hub id)")
     else:

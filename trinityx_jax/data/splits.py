@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from trinityx_jax.data.formats import Example
 
@@ -23,6 +23,6 @@ def split_by_question(examples: Sequence[Example], shares: Sequence[float], seed
     return out
 
 
-def overlap(train: Collection[Example], test: Collection[Example]) -> set[str]:
+def overlap(train: Sequence[Example], test: Sequence[Example]) -> set[str]:
     """Normalised prompts that stand in both."""
     return {e.question for e in train} & {e.question for e in test}
