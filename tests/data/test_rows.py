@@ -153,6 +153,7 @@ def test_bad_rows_of_every_kind_of_file_name_their_line(tmp_path, caplog) -> Non
         ("x.json", "[\n" + "[" * 99999, r"x\.json:2: not JSON \(nested too deeply\)"),
         ("x.json", "[\n" + "1" * 9999 + "]", r"x\.json:2: not JSON \(Exceeds the limit"),
         ("x.csv", 'a,b\n1,2\n3,"4\n5,6\n', r"x\.csv:3: not CSV \(unexpected end of data\)"),
+        ("x.csv", "a,\xe9\n1,2\n".encode("latin-1"), r"x\.csv:1: not UTF-8"),
         ("x.csv", "a,a\n1,2\n", "names a column twice"),
         ("x.parquet", "PAR1", r"x\.parquet: not a Parquet file"),
         ("y", "", "`datasets` did not give split 'train'"),

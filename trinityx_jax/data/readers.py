@@ -136,6 +136,8 @@ def _csv(name: str, text: str) -> Iterator[Item]:
             return
         if header is None:
             header = values
+            if isinstance(plain({"columns": header}, place), BadRow):
+                raise UserError(f"{place}: not UTF-8")
             if len(set(header)) < len(header):
                 raise UserError(f"{place}: the header names a column twice")
         elif values and len(values) != len(header):

@@ -34,7 +34,7 @@ def load_items(source: str, split: str = "train") -> list[Item]:
         items = _load_tfds(source, split)
     elif is_file(source):
         path = Path(source)
-        if not path.exists() and source.startswith("samples/"):
+        if source.startswith("samples/") and not path.exists():
             path = Path(str(resources.files("trinityx_jax").joinpath("data", source)))
         items = _slice(list(read_file(path, source)), source, split)
     elif Path(source).is_file():
