@@ -52,6 +52,16 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of published data sets: ``TRINITYX_DATA``, or ``../shared/data`` beside the checkout."""
+    found = os.environ.get("TRINITYX_DATA")
+    folder = Path(found) if found else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the published data sets (TRINITYX_DATA; {folder} is not a folder)")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A byte-level BPE of at most 1024 tokens with a chat template; nothing is unknown to it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -21,6 +21,7 @@ COMMANDS = [
     "train-experts",
     "train-router",
     "vectors show",
+    "data show",
     "generate",
     "evaluate",
     "export",

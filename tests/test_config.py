@@ -43,6 +43,18 @@ def test_round_trip(tmp_path: Path) -> None:
     assert load_config(tmp_path / "saved.yaml", stage="experts").train == config.train
 
 
+def test_a_mix_names_other_entries_which_need_no_expert(tmp_path: Path) -> None:
+    part = minimal()["data"]["helpful"]
+    fields = {"format": "instructions", "fields": {"prompt": "q", "response": "a"}, "test": "t.csv"}
+    data = {"helpful": part, "kind": part | fields, "joint": {"mix": ["helpful", "kind"]}}
+    path = write(tmp_path, minimal() | {"data": data, "experts": {"names": ["joint"]}})
+    config = load_config(path)
+    assert list(config.parts("joint")) == ["helpful", "kind"]
+    assert config.data["kind"].test_map == config.data["kind"].fields
+    save_config(config, tmp_path / "saved.yaml", "experts")
+    assert load_config(tmp_path / "saved.yaml", stage="experts") == config
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -62,6 +74,21 @@ def test_round_trip(tmp_path: Path) -> None:
         (["--experts.sites", "[gate, attn]"], r"experts\.sites\.1"),
         (["--data.kind.source", "x", "--data.kind.format", "alpaca"], r"data\.kind: there is no expert"),
         (["--data.helpful.format", "poems"], r"data\.helpful\.format"),
+        (["--data.helpful.source", "null"], r"data\.helpful: source: this key is needed"),
+        (["--data.helpful.split", "paper-trian"], r"data\.helpful: split 'paper-trian': .* nearest: paper-train"),
+        (["--data.helpful.fields", "{prompt: q}"], "a field map goes with 'instructions' only"),
+        (["--data.helpful.format", "instructions"], "'instructions' needs a field map"),
+        (["--data.helpful.fields", "{promt: q}"], r"data\.helpful\.fields\.promt: unknown key \(nearest: prompt\)"),
+        (["--data.helpful.fields", "{response: q}"], r"data\.helpful\.fields\.prompt: this key is needed"),
+        (["--data.helpful.test_limit", "3"], r"data\.helpful: test_limit: this key has no effect without test"),
+        (["--data.helpful.on_overlap", "keep"], "on_overlap: this key has no effect without test"),
+        (["--data.helpful.on_overlap", "warn"], r"data\.helpful\.on_overlap"),
+        (["--data.helpful.validation", "0.9"], "leave no question to train on"),
+        (["--data.helpful.mix", "[helpful]"], r"data\.helpful: source: this key has no effect beside mix"),
+        (["--data.helpful", "{mix: [helpful]}"], r"data\.helpful\.mix: 'helpful' is not an entry of data with rows"),
+        (["--data.helpful", "{mix: [kind]}"], r"data\.helpful\.mix: 'kind' is not an entry"),
+        (["--data.helpful", "{mix: [kind], template: chat}"], "template: this key has no effect beside mix"),
+        (["--data.helpful", "{mix: []}"], "must name objectives, each once"),
         (["--train.steps"], "needs a value"),
         (["train.steps", "3"], "expected --key.sub VALUE"),
         (["--model.size", "3"], "'model' is a value, not a section"),

@@ -156,3 +156,19 @@ def test_a_router_over_adapters_of_peft(tiny_run: Path, tiny_config: Path, tmp_p
         one, other = (load_file(tmp_path / f / name / "adapter_model.safetensors") for f in ("adapters", "peft"))
         assert one.keys() == other.keys() and all(one[k].tobytes() == other[k].tobytes() for k in one)
     export_run(out, tmp_path / "mocae", "mocae")
+
+
+def test_a_card_names_the_parts_of_a_mix(tmp_path) -> None:
+    from trinityx_jax.config import parse_config, save_config
+    from trinityx_jax.exports import _data
+    from trinityx_jax.runs import RunFolder
+
+    part = {"source": "x.jsonl", "format": "alpaca"}
+    data = {"a": part, "b": part | {"split": "train[:3]"}, "joint": {"mix": ["a", "b"]}}
+    values = {"model": "m", "out": str(tmp_path), "data": data, "experts": {"names": ["joint"]}}
+    info = {"format": 1, "base": dict.fromkeys(("model", "dtype", "fingerprint"), "x"), "stages": {}}
+    (tmp_path / "run.json").write_text(json.dumps(info))
+    save_config(parse_config(values, "test"), tmp_path / "config-experts.yaml", "experts")
+    found = _data(RunFolder(tmp_path), "experts")
+    assert found["joint"] == "the rows of a and b together"
+    assert found["b"] == "`x.jsonl` (alpaca, split train[:3])"

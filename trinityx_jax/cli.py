@@ -20,11 +20,12 @@ import tyro
 from tyro.conf import Positional, Suppress
 
 from trinityx_jax import __version__
+from trinityx_jax.commands import data
 from trinityx_jax.errors import UserError
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 OK, NO, BAD_INPUT, STOPPED = 0, 1, 2, 75
-MANY = ("train-experts", "train-router")  # commands that take --key.sub VALUE overrides
+MANY = ("train-experts", "train-router", "data show")  # commands that take --key.sub VALUE overrides
 
 
 def quickstart(out: str = "runs/quickstart", model: str | None = None, steps: int | None = None) -> int:
@@ -276,6 +277,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train-experts": train_experts,
     "train-router": train_router,
     "vectors show": vectors_show,
+    **data.COMMANDS,
     "generate": generate,
     "evaluate": evaluate,
     "export": export,
@@ -291,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words in (["--version"], ["-V"]):
         print(__version__)
         return OK
-    name = " ".join(words[:2]) if words[:1] == ["vectors"] else "".join(words[:1])
+    name = " ".join(words[:2]) if words[:1] in (["vectors"], ["data"]) else "".join(words[:1])
     if name not in COMMANDS:
         return _usage(name)
     with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from trinityx_jax.data.objectives import FORMATS
+from trinityx_jax.data.formats import FORMATS, FieldMap, get_format
+from trinityx_jax.data.paper import paper_split
 from trinityx_jax.data.templates import TEMPLATES
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import write_text
@@ -39,22 +41,80 @@ class ExpertsConfig(_Section):
 
 
 class DataConfig(_Section):
-    """One objective's rows. ``calibration`` is the share of training questions held out for the router."""
+    """One objective's rows: of a source, or the union of other objectives' (``mix``).
 
-    source: str
-    format: Literal[tuple(FORMATS)]  # type: ignore[valid-type]
+    ``split``: of a hub or TFDS data set, by position (``train[:408]``), or the paper's by name (``paper-train``).
+    ``test_format``, ``test_fields``: where the test rows are of another schema.
+    ``calibration``, ``validation``: shares of the training questions held out, for the router and for early stopping.
+    ``resample``: training rows drawn with replacement to this many; the paper's 5,678 TruthfulQA rows follow from no
+    public code, this is the nearest to them.
+    """
+
+    source: str | None = None
+    format: Literal[FORMATS] | None = None  # type: ignore[valid-type]
+    fields: FieldMap | None = None
     split: str = "train"
     limit: int | None = Field(default=None, ge=1)
     test: str | None = None
+    test_format: Literal[FORMATS] | None = None  # type: ignore[valid-type]
+    test_fields: FieldMap | None = None
     test_split: str = "test"
     test_limit: int | None = Field(default=None, ge=1)
     template: Literal[TEMPLATES] = "auto"  # type: ignore[valid-type]
     calibration: float = Field(default=0.15, gt=0, lt=1)
+    validation: float = Field(default=0.0, ge=0, lt=1)
+    resample: int | None = Field(default=None, ge=1)
     on_bad_row: Literal["error", "skip"] = "error"
+    on_overlap: Literal["drop", "keep", "error"] = "drop"
+    mix: list[str] | None = None
 
     @property
     def skip_bad(self) -> bool:
         return self.on_bad_row == "skip"
+
+    @property
+    def test_kind(self) -> str:
+        """The schema of the test rows."""
+        return self.test_format or self.format or ""
+
+    @property
+    def test_map(self) -> FieldMap | None:
+        """The field map of the test rows."""
+        return self.test_fields or (self.fields if self.test_kind == self.format else None)
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.mix is not None:
+            return self._check_mix()
+        for key in ("source", "format"):
+            if not getattr(self, key):
+                raise ValueError(f"{key}: this key is needed (or mix)")
+        try:
+            get_format(self.format or "", self.fields)
+            paper_split(self.format or "", self.split)
+            if self.test is not None:
+                get_format(self.test_kind, self.test_map)
+                paper_split(self.test_kind, self.test_split)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        if self.test is None:
+            without = ("test_format", "test_fields", "test_split", "test_limit", "on_overlap")
+            self._only_defaults(without, "without test")
+        if self.calibration + self.validation >= 1:
+            raise ValueError("calibration and validation together leave no question to train on")
+        return self
+
+    def _check_mix(self) -> DataConfig:
+        assert self.mix is not None
+        self._only_defaults([key for key in type(self).model_fields if key != "mix"], "beside mix")
+        if not self.mix or len(set(self.mix)) < len(self.mix):
+            raise ValueError(f"mix: {self.mix} must name objectives, each once")
+        return self
+
+    def _only_defaults(self, keys: Sequence[str], when: str) -> None:
+        for key in keys:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: this key has no effect {when}; remove it")
 
 
 class TrainConfig(_Section):
@@ -116,10 +176,19 @@ class RunConfig(_Section):
         missing = [n for n in names if n not in self.data]
         if missing:
             raise ValueError(f"data: expert {missing[0]!r} has no rows (data.{missing[0]} is not set)")
-        unused = [n for n in self.data if n not in names]
+        mixed = {part for data in self.data.values() for part in data.mix or ()}
+        unused = [n for n in self.data if n not in names and n not in mixed]
         if unused:
-            raise ValueError(f"data.{unused[0]}: there is no expert of that name in experts.names")
+            raise ValueError(f"data.{unused[0]}: there is no expert of that name in experts.names, and no mix of it")
+        for name, data in self.data.items():
+            for part in data.mix or ():
+                if part not in self.data or self.data[part].mix is not None:
+                    raise ValueError(f"data.{name}.mix: {part!r} is not an entry of data with rows of its own")
         return self
+
+    def parts(self, name: str) -> dict[str, DataConfig]:
+        """The entries of ``data`` that an objective's rows come from: its own, or those that it mixes."""
+        return {part: self.data[part] for part in self.data[name].mix or (name,)}
 
     def mocae_config(self) -> MoCaEConfig:
         """The router's typed switches: a preset with this file's changes."""
@@ -179,7 +248,8 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: {_sentence(error.errors()[0], values)}") from error
+        first = min(error.errors(), key=lambda e: e["type"] not in UNKNOWN)  # a misspelt key leaves another missing
+        raise UserError(f"{where}: {_sentence(first, values)}") from error
 
 
 def save_config(config: RunConfig, path: Path, stage: str) -> None:
@@ -207,9 +277,12 @@ def _override(values: dict[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names for a key that there is not
+
+
 def _sentence(error: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     place = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
+    if error["type"] in UNKNOWN:
         return f"{place}: unknown key{_nearest(str(error['loc'][-1]), _known(error['loc']))}"
     if error["type"] == "missing":
         return f"{place}: this key is needed"
@@ -227,6 +300,8 @@ def _known(loc: Sequence[Any]) -> list[str]:
         "checkpoint": CheckpointConfig,
         "evaluate": EvaluateConfig,
     }
+    if "fields" in str(loc[-2:-1]):  # data.NAME.fields and test_fields
+        return [field.name for field in dataclasses.fields(FieldMap)]
     model: type[_Section] = RunConfig if len(loc) == 1 else sections[str(loc[0])]
     return [field.alias or name for name, field in model.model_fields.items()]
 

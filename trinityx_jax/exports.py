@@ -115,7 +115,8 @@ def _data(run: RunFolder, stage: str) -> dict[str, str]:
     for name, data in yaml.safe_load(path.read_text(encoding="utf-8"))["data"].items():
         count = counts.get(name)
         rows = "" if count is None else f", {count[0] if isinstance(count, list) else count} rows"
-        out[name] = f"`{data['source']}` ({data['format']}, split {data['split']}{rows})"
+        own = f"`{data['source']}` ({data['format']}, split {data['split']}{rows})"
+        out[name] = f"the rows of {' and '.join(data['mix'])} together" if data.get("mix") else own
     return out
 
 

@@ -93,6 +93,24 @@ def open_source(src: str | Path, trust_remote_code: bool = False, weights_only: 
     return _open_folder(_download(str(src), weights_only), trust_remote_code, weights_only, str(src))
 
 
+def open_tokenizer(src: str | Path, trust_remote_code: bool = False) -> Any:
+    """A base model's tokenizer without its weights, which are neither read nor downloaded; None where it has none.
+
+    Arguments as ``load_backbone``.
+
+    Raises:
+        UserError: the source is missing, or its tokenizer cannot be loaded.
+    """
+    path = Path(src)
+    if str(src) == SMOLLM2 and not path.exists():
+        return GGUF(smollm2_gguf()).tokenizer()
+    if path.suffix == ".gguf":
+        return GGUF(path).tokenizer()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{src}: not a model (expected a folder, a .gguf file or a hub id)")
+    return load_tokenizer(path if path.is_dir() else _download(str(src), None), trust_remote_code)
+
+
 def _default_dtype(src: str | Path) -> str | None:
     """GGUF is quantised: what it holds is read as float32."""
     return "float32" if str(src) == SMOLLM2 or Path(src).suffix == ".gguf" else None
@@ -136,13 +154,19 @@ def _licence(folder: Path) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def _download(hub_id: str, weights_only: bool) -> Path:
-    """Fetch what a hub model's folder needs into the hub's own cache; of the weights, only what is read."""
+def _download(hub_id: str, weights_only: bool | None) -> Path:
+    """Fetch what a hub model's folder needs into the hub's own cache; of the weights, only what is read.
+
+    Args:
+        weights_only: of pickles; None fetches no weights at all.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "tokenizer.model", "*.jinja", "README.md"]))
+        if weights_only is None:
+            return folder
         if (folder / "model.safetensors.index.json").exists():
             wanted = sorted(set(read_index(folder / "model.safetensors.index.json").values()))
         else:

@@ -1,103 +1,108 @@
-"""Where rows come from: shipped samples, a local file, or a hub data set."""
+"""Where rows come from: shipped samples, a local file, a hub data set, or TFDS."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator
+import os
+import re
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
+from trinityx_jax.data.readers import SUFFIXES, Item, first_line, plain, read_file
 from trinityx_jax.errors import UserError
 
-Row = dict[str, Any]
-SUFFIXES = (".json", ".jsonl", ".csv")
+TFDS = "tfds:"
+FILE_SPLITS = ("train", "validation", "test", "all")
+_SLICE = re.compile(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 
-def load_rows(source: str, split: str = "train") -> list[tuple[str, Row]]:
-    """(place, row) pairs; the place names file and line, or data set and index, for error messages.
+def load_items(source: str, split: str = "train") -> list[Item]:
+    """(place, row) pairs in the source's order; the place names file and line, or data set and index.
+
+    A row that cannot be read is a ``BadRow`` in its place, so that positions do not move.
 
     Args:
-        source: a ``.json``, ``.jsonl`` or ``.csv`` file, ``samples/NAME`` for a shipped file, or a
-            hub data set id (``owner/name`` or ``owner/name:config``).
-        split: of a hub data set; a file is one split.
+        source: a ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file, ``samples/NAME`` for a shipped file, a
+            folder or hub id that ``datasets`` reads (``owner/name`` or ``owner/name:config``), or
+            ``tfds:NAME``, ``tfds:NAME/CONFIG:VERSION``.
+        split: of a hub or TFDS data set. A file is one split whatever its name. ``train[:408]`` takes rows by
+            position, except of TFDS.
 
     Raises:
-        UserError: nothing is there, it cannot be parsed, or it is empty.
+        UserError: nothing is there, it cannot be parsed, it is empty, or it has no such split.
     """
-    path = Path(source)
-    if not path.exists() and source.startswith("samples/"):
-        path = Path(str(resources.files("trinityx_jax").joinpath("data", source)))
-    if path.suffix in SUFFIXES:
-        rows = list(_read_file(path))
-    elif path.exists():
+    if source.startswith(TFDS):
+        items = _load_tfds(source, split)
+    elif is_file(source):
+        path = Path(source)
+        if source.startswith("samples/") and not path.exists():
+            path = Path(str(resources.files("trinityx_jax").joinpath("data", source)))
+        items = _slice(list(read_file(path, source)), source, split)
+    elif Path(source).is_file():
         raise UserError(f"{source}: not a data file (expected {', '.join(SUFFIXES)}, or a hub id)")
     else:
-        rows = _load_hub(source, split)
-    if not rows:
-        raise UserError(f"{source}: the data set is empty")
-    return rows
+        items = _load_hub(source, split)
+    if not items:
+        raise UserError(f"{source}: the data set is empty" + (f" (split {split!r})" if "[" in split else ""))
+    return items
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # some published files begin with a byte-order mark
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        number = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{number}: not UTF-8") from None
-    if path.suffix == ".csv":
-        yield from _read_csv(path, text)
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{path}:{number}", _mapping(_parse(line, f"{path}:{number}"), f"{path}:{number}")
-    else:
-        value = _parse(text, str(path)) if text.strip() else []
-        if not isinstance(value, list):
-            raise UserError(f"{path}: expected a JSON list of rows, found {type(value).__name__}")
-        for index, item in enumerate(value):
-            yield f"{path}[{index}]", _mapping(item, f"{path}[{index}]")
+def is_file(source: str) -> bool:
+    """Whether a source is a file, which is one split, by its name."""
+    return not source.startswith(TFDS) and Path(source).suffix in SUFFIXES
 
 
-def _read_csv(path: Path, text: str) -> Iterator[tuple[str, Row]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            place = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                raise UserError(f"{place}: the row has not as many columns as the header")
-            yield place, row
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from error
+def check_by_name(source: str, split: str) -> None:
+    """Raise UserError where a split by position is asked of TFDS."""
+    if source.startswith(TFDS):
+        raise UserError(
+            f"{source}: split {split!r} is by position, and TFDS shuffles rows by hash: its first rows are not the "
+            "published file's; take the rows from a file or a hub id"
+        )
 
 
-def _parse(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f" at line {error.lineno}" if "\n" in text.strip() else ""
-        raise UserError(f"{place}: not JSON{line} ({error.msg})") from None
+def _slice(items: list[Item], source: str, split: str) -> list[Item]:
+    found = _SLICE.fullmatch(split)
+    if found is None or found[1] not in FILE_SPLITS:
+        raise UserError(
+            f"{source}: a file has no split {split!r} (it is one split: {', '.join(FILE_SPLITS)} are all of it, and "
+            "train[:408] is its first 408 rows)"
+        )
+    bounds = []
+    for text, default in ((found[2], 0), (found[3], len(items))):
+        number = int(text.rstrip("%")) if text else default
+        if text and text.endswith("%"):
+            number = round(number * len(items) / 100)
+        number += len(items) if number < 0 else 0
+        if not 0 <= number <= len(items):
+            raise UserError(f"{source}: split {split!r} lies outside its {len(items):,} rows")
+        bounds.append(number)
+    return items[slice(*bounds)]
 
 
-def _mapping(row: Any, place: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: expected an object, found {type(row).__name__}")
-    return row
-
-
-def _load_hub(source: str, split: str) -> list[tuple[str, Row]]:
+def _load_hub(source: str, split: str) -> list[Item]:
     import datasets
 
     name, _, config = source.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None, split=split)
+        rows = list(loaded)
     except Exception as error:  # the library raises many kinds; each means the rows cannot be had
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{source}: no such file here, and the hub did not give it ({first})") from error
-    return [(f"{source}/{split}[{index}]", dict(row)) for index, row in enumerate(loaded)]
+        raise UserError(
+            f"{source}: no such file here, and `datasets` did not give split {split!r} ({first_line(error)})"
+        ) from error
+    places = (f"{source}/{split}[{index}]" for index in range(len(rows)))
+    return [(place, plain(row, place)) for place, row in zip(places, rows, strict=True)]
+
+
+def _load_tfds(source: str, split: str) -> list[Item]:
+    if "[" in split or "%" in split:
+        check_by_name(source, split)
+    import tensorflow_datasets as tfds
+
+    try:  # TFDS reads the variable when it is imported only
+        data = tfds.data_source(source.removeprefix(TFDS), split=split, data_dir=os.environ.get("TFDS_DATA_DIR"))
+        rows = list(data)
+    except Exception as error:  # as above; also TensorFlow missing where a data set's own code needs it
+        raise UserError(f"{source}: TFDS did not give split {split!r} ({first_line(error)})") from error
+    places = (f"{source}/{split}[{index}]" for index in range(len(rows)))
+    return [(place, plain(row, place)) for place, row in zip(places, rows, strict=True)]

@@ -5,14 +5,22 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
-from trinityx_jax.data.objectives import Example
+from trinityx_jax.data.formats import Example
 
 
-def split_by_question(examples: Sequence[Example], share: float, seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """(kept, held out): about ``share`` of the questions are held out, chosen by their hash."""
-    questions = sorted({e.question for e in examples}, key=lambda q: zlib.crc32(f"{seed}/{q}".encode()))
-    held = set(questions[: round(share * len(questions))])
-    return [e for e in examples if e.question not in held], [e for e in examples if e.question in held]
+def split_by_question(examples: Sequence[Example], shares: Sequence[float], seed: int = 0) -> list[list[Example]]:
+    """[kept, held out, held out, ...]: of the questions, about each share is held out, chosen by their hash."""
+    questions = sorted({e.question for e in examples}, key=lambda q: (zlib.crc32(f"{seed}/{q}".encode()), q))
+    part: dict[str, int] = {}
+    begin = 0
+    for index, share in enumerate(shares, 1):
+        end = min(len(questions), begin + round(share * len(questions)))
+        part |= dict.fromkeys(questions[begin:end], index)
+        begin = end
+    out: list[list[Example]] = [[] for _ in range(len(shares) + 1)]
+    for example in examples:
+        out[part.get(example.question, 0)].append(example)
+    return out
 
 
 def overlap(train: Sequence[Example], test: Sequence[Example]) -> set[str]:

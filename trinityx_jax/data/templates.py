@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trinityx_jax.data.objectives import Example
+from trinityx_jax.data.formats import Example
 from trinityx_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -17,12 +17,12 @@ TEMPLATES = ("auto", "chat", "alpaca", "trinityx")
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
-    "{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 _TRINITYX = (  # the paper's Figure 3
     "Below is an instruction paired with an input. Write the most helpful, harmless, and honest "
@@ -32,10 +32,15 @@ _TRINITYX = (  # the paper's Figure 3
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Token ids of one row; the first ``prompt_length`` are given, the others are learned."""
+    """Token ids of one row; the first ``prompt_length`` are given, the others are learned.
+
+    ``place`` names the row where it came from; ``cut`` counts the tokens of prompt and answer that did not fit.
+    """
 
     ids: np.ndarray
     prompt_length: int
+    place: str = ""
+    cut: tuple[int, int] = (0, 0)
 
 
 def resolve(template: str, tokenizer: Any) -> str:
@@ -89,13 +94,22 @@ def encode(template: str, examples: Sequence[Example], tokenizer: Any, seq_len: 
     if not prompts:
         return []
     answers = tokenizer([e.response for e in examples], add_special_tokens=False)["input_ids"]
-    out, cut = [], 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        whole = len(prompt) + len(answer) + 1
-        prompt = prompt[: seq_len - 1]
-        answer = [*answer, tokenizer.eos_token_id][: seq_len - len(prompt)]
-        cut += len(prompt) + len(answer) < whole
-        out.append(Encoded(np.asarray(prompt + answer, np.int32), len(prompt)))
-    if cut:
-        log.warning("%d of %d rows (%s ...) are cut to %d tokens", cut, len(out), examples[0].place, seq_len)
+    out = []
+    for example, prompt, answer in zip(examples, prompts, answers, strict=True):
+        given = prompt[: seq_len - 1]
+        whole = [*answer, tokenizer.eos_token_id]
+        learned = whole[: seq_len - len(given)]
+        cut = (len(prompt) - len(given), len(whole) - len(learned))
+        out.append(Encoded(np.asarray(given + learned, np.int32), len(given), example.place, cut))
+    _warn_of_cuts(out, seq_len)
     return out
+
+
+def _warn_of_cuts(rows: Sequence[Encoded], seq_len: int) -> None:
+    cut = [row for row in rows if any(row.cut)]
+    if cut:
+        prompt, answer = (sum(row.cut[i] for row in cut) for i in (0, 1))
+        log.warning(
+            "%d of %d rows (%s ...) are cut to %d tokens: %d tokens of prompts and %d of answers are lost",
+            len(cut), len(rows), cut[0].place, seq_len, prompt, answer,
+        )  # fmt: skip

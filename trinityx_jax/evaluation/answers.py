@@ -7,9 +7,8 @@ from typing import Any
 
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig
-from trinityx_jax.data.objectives import load_pairs
 from trinityx_jax.data.templates import encode_prompts
-from trinityx_jax.evaluation.heldout import BASE, MOCAE, in_order
+from trinityx_jax.evaluation.heldout import BASE, MOCAE, held_out_pairs, in_order
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.generation.answers import answer_routing
 from trinityx_jax.generation.decode import generate_ids
@@ -31,14 +30,9 @@ def side_by_side(
     chosen = []
     prompts: list[list[int]] = []
     for name in names:
-        data = config.data[name]
-        assert data.test is not None
-        own = [
-            p.chosen
-            for p in load_pairs(data.test, data.format, data.test_split, config.evaluate.prompts, data.skip_bad)
-        ]
-        chosen += [(name, e) for e in own]
-        prompts += encode_prompts(data.template, own, backbone.tokenizer)
+        for data, pairs in held_out_pairs(config, name, config.evaluate.prompts):
+            chosen += [(name, p.chosen) for p in pairs]
+            prompts += encode_prompts(data.template, [p.chosen for p in pairs], backbone.tokenizer)
     options: dict[str, Any] = {"max_new_tokens": config.evaluate.max_new_tokens, "dtype": config.dtype}
     variants: dict[str, dict[str, Any]] = {BASE: {"weights": {}}}
     variants |= {name: {"weights": {name: 1.0}} for name in names}

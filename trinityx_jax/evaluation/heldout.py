@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from trinityx_jax.backbone import Backbone
-from trinityx_jax.config import RunConfig
+from trinityx_jax.config import DataConfig, RunConfig
 from trinityx_jax.data import templates
-from trinityx_jax.data.objectives import Pair, get_format, load_pairs
+from trinityx_jax.data.formats import Pair, get_format
+from trinityx_jax.data.objectives import load_pairs
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import metrics
@@ -63,15 +64,30 @@ def load_held_out(config: RunConfig, names: Sequence[str], backbone: Backbone) -
     chosen: list[Encoded] = []
     rejected: list[Encoded] = []
     for index, name in enumerate(names):
-        data = config.data[name]
-        if data.test is None:
-            raise UserError(f"data.{name}.test: no test rows are named, evaluation needs them")
-        own = load_pairs(data.test, data.format, data.test_split, data.test_limit, data.skip_bad)
-        for target, part in ((chosen, [p.chosen for p in own]), (rejected, [p.rejected for p in own])):
-            target += templates.encode(data.template, part, backbone.tokenizer, config.train.seq_len)
-        pairs += own
-        objective += [index] * len(own)
+        for data, own in held_out_pairs(config, name):
+            for target, part in ((chosen, [p.chosen for p in own]), (rejected, [p.rejected for p in own])):
+                target += templates.encode(data.template, part, backbone.tokenizer, config.train.seq_len)
+            pairs += own
+            objective += [index] * len(own)
     return HeldOut(pairs, np.asarray(objective), chosen, rejected)
+
+
+def held_out_pairs(config: RunConfig, name: str, limit: int | None = None) -> list[tuple[DataConfig, list[Pair]]]:
+    """An objective's test pairs, with the entry of ``data`` that they come from: of a mix, every part's.
+
+    Args:
+        limit: of each part, in place of its ``test_limit``.
+
+    Raises:
+        UserError: no test rows are named, or they cannot be read.
+    """
+    out = []
+    for part, data in config.parts(name).items():
+        if data.test is None:
+            raise UserError(f"data.{part}.test: no test rows are named, evaluation needs them")
+        size = limit or data.test_limit
+        out.append((data, load_pairs(data.test, data.test_kind, data.test_split, size, data.skip_bad, data.test_map)))
+    return out
 
 
 def systems(names: list[str]) -> dict[str, np.ndarray | None]:
@@ -142,7 +158,7 @@ def _tables(config: RunConfig, names: list[str], held: HeldOut, scores: Mapping[
         "preference": {},
         "preference_per_token": {},
         "difference": {},
-        "preference_kind": {m: get_format(config.data[m].format).pair_kind for m in names},
+        "preference_kind": {m: _pair_kind(config, m) for m in names},
     }
     for system, found in scores.items():
         for table in ("perplexity", "preference", "preference_per_token", "difference"):
@@ -160,6 +176,11 @@ def _tables(config: RunConfig, names: list[str], held: HeldOut, scores: Mapping[
             for table, cell in cells.items():
                 out[table][system][name] = cell.as_dict()
     return out
+
+
+def _pair_kind(config: RunConfig, name: str) -> str:
+    kinds = (get_format(data.test_kind, data.test_map).pair_kind for data in config.parts(name).values())
+    return "; ".join(dict.fromkeys(kinds))
 
 
 def _routing(
@@ -203,7 +224,8 @@ def _one_template(
     A causal model routes a row's beginning as if it stood alone, so a row is cut by averaging over
     its first tokens; rows are run again only where the objectives' templates differ.
     """
-    used = {templates.resolve(config.data[m].template, backbone.tokenizer) for m in router.names}
+    parts = [data for m in router.names for data in config.parts(m).values()]
+    used = {templates.resolve(data.template, backbone.tokenizer) for data in parts}
     if len(used) > 1:
         common = templates.resolve("auto", backbone.tokenizer)
         examples = [p.chosen for p in held.pairs]

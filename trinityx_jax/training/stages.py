@@ -15,9 +15,7 @@ import numpy as np
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig, TrainConfig, save_config
 from trinityx_jax.data.batching import TrainingBatches, evaluation_batches
-from trinityx_jax.data.objectives import Example, load_examples, load_pairs
-from trinityx_jax.data.splits import overlap, split_by_question
-from trinityx_jax.data.templates import Encoded, encode
+from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import ATTENTION, TaskVector, gamma, init_expert, stack, unstack
 from trinityx_jax.mocae import Router, hidden_states, init_router, token_routing
@@ -27,6 +25,7 @@ from trinityx_jax.runs import RunFolder, save_router
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.optimizer import make_optimizer
+from trinityx_jax.training.rows import load_training_rows
 from trinityx_jax.training.step import (
     TrainState,
     expert_step,
@@ -38,46 +37,6 @@ from trinityx_jax.training.step import (
 
 log = logging.getLogger(__name__)
 UNREPEATED = {"out", "evaluate", "checkpoint"}  # sections that do not change what a stage computes
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Encoded rows per objective: to train on, and held out (by question) to calibrate the router."""
-
-    train: dict[str, list[Encoded]]
-    calibration: dict[str, list[Encoded]]
-
-
-def load_training_rows(config: RunConfig, backbone: Backbone) -> Rows:
-    """Read, split by question and tokenise every objective's training rows.
-
-    Rows whose prompt also stands in the test file are dropped, and counted in a warning.
-    """
-    if backbone.tokenizer is None:
-        raise UserError(f"{config.model}: holds no tokenizer; training needs one")
-    train: dict[str, list[Encoded]] = {}
-    calibration: dict[str, list[Encoded]] = {}
-    for name in config.experts.names:
-        data = config.data[name]
-        examples = load_examples(data.source, data.format, data.split, data.limit, data.skip_bad)
-        examples = _without_test_prompts(name, examples, config)
-        kept, held = split_by_question(examples, data.calibration, config.seed)
-        if not kept or not held:
-            raise UserError(f"data.{name}: {len(examples)} rows are too few to hold some out for calibration")
-        for target, part in ((train, kept), (calibration, held)):
-            target[name] = encode(data.template, part, backbone.tokenizer, config.train.seq_len)
-    return Rows(train, calibration)
-
-
-def _without_test_prompts(name: str, examples: list[Example], config: RunConfig) -> list[Example]:
-    data = config.data[name]
-    if data.test is None:
-        return examples
-    pairs = load_pairs(data.test, data.format, data.test_split, skip_bad=data.skip_bad)
-    shared = overlap(examples, [p.chosen for p in pairs])
-    if shared:
-        log.warning("data.%s: %d training prompts also stand in the test rows and are dropped", name, len(shared))
-    return [e for e in examples if e.question not in shared]
 
 
 def settings(config: RunConfig) -> dict[str, Any]:

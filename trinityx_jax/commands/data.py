@@ -1,0 +1,140 @@
+"""``trinityx data show``: the rows of a configuration as a model will read them, and what it learns of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+from tyro.conf import Positional, Suppress
+
+from trinityx_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from trinityx_jax.config import RunConfig
+    from trinityx_jax.data.templates import Encoded
+    from trinityx_jax.training.rows import Part
+
+GIVEN, LEARNED, CUT = 0, 1, 2
+STYLES = {GIVEN: "dim", LEARNED: "bold green", CUT: "red strike"}
+MARKS = {GIVEN: ("", ""), LEARNED: ("[[", "]]"), CUT: ("{{", "}}")}  # where there is no colour
+# A row's own control characters must not reach the terminal.
+_VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def data_show(
+    config: Positional[str], overrides: Suppress[Sequence[str]] = (), rows: int = 2, objective: str | None = None
+) -> int:
+    """Show training rows as the model reads them, and which tokens are learned. Any key can be overridden.
+
+    Reads rows and tokenizer, not the weights. Learned tokens are green (or in [[ ]]), what does not fit is red
+    (or in {{ }}).
+
+    Args:
+        config: YAML file (see configs/).
+        rows: how many of each objective; 0 shows the counts alone.
+        objective: only this one.
+    """
+    from trinityx_jax.config import load_config
+    from trinityx_jax.convert.load import open_tokenizer
+    from trinityx_jax.training.rows import load_parts
+
+    rest, own = _own_options(overrides, {"--rows": str(rows), "--objective": objective})
+    if not (own["--rows"] or "").isdecimal():
+        raise UserError(f"--rows {own['--rows']}: expected a number of rows")
+    settings = load_config(config, rest)
+    names = settings.experts.names if own["--objective"] is None else [own["--objective"]]
+    if unknown := [n for n in names if n not in settings.experts.names]:
+        raise UserError(f"--objective {unknown[0]}: the configuration has {', '.join(settings.experts.names)}")
+    tokenizer = open_tokenizer(settings.model)
+    if tokenizer is None:
+        raise UserError(f"{settings.model}: holds no tokenizer; rows cannot be shown as tokens")
+    parts = load_parts(settings, names)
+    console = Console()
+    if not _has_colour(console):
+        console.print("given text, [[learned text]], {{text that does not fit}}", markup=False, highlight=False)
+    shown: set[str] = set()
+    for name in names:
+        if settings.data[name].mix:
+            console.print(f"\n{name}: a mix of {', '.join(settings.parts(name))}", style="bold", highlight=False)
+        for part in [p for p in settings.parts(name) if p not in shown]:
+            _show_part(console, settings, part, parts[part], tokenizer, int(own["--rows"] or 0))
+            shown.add(part)
+    return 0
+
+
+def _own_options(words: Sequence[str], own: dict[str, str | None]) -> tuple[list[str], dict[str, str | None]]:
+    """The configuration's overrides, and the command's own options, which stand among them."""
+    rest: list[str] = []
+    found = dict(own)
+    for flag, *value in (words[i : i + 2] for i in range(0, len(words), 2)):
+        if flag in own and value:
+            found[flag] = value[0]
+        else:
+            rest += [flag, *value]
+    return rest, found
+
+
+def _has_colour(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
+def _show_part(console: Console, config: RunConfig, name: str, part: Part, tokenizer: Any, count: int) -> None:
+    """One entry of ``data``: where it comes from, its counts, its first rows."""
+    from trinityx_jax.data import templates
+
+    data = config.data[name]
+    template = templates.resolve(data.template, tokenizer)
+    uses = {"train": part.train, "calibration": part.calibration, "validation": part.validation}
+    encoded = {use: templates.encode(template, own, tokenizer, config.train.seq_len) for use, own in uses.items()}
+    cut = [row.cut for row in itertools.chain(*encoded.values()) if any(row.cut)]
+    sizes = ", ".join(f"{len(own):,} {use}" for use, own in uses.items() if own or use != "validation")
+    lines = [
+        f"\n{name}: {data.source} (split {data.split}, format {data.format}, template {template})",
+        f"  {part.read:,} rows read, {part.skipped:,} bad ones skipped, {part.dropped:,} dropped as test prompts",
+        f"  {sizes}; {len(cut):,} cut to {config.train.seq_len} tokens ({sum(map(sum, cut)):,} tokens lost)",
+    ]
+    for line, style in zip(lines, ("bold", "", ""), strict=True):
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    whole = templates.encode(template, part.train[:count], tokenizer, 10**9)
+    for row, full in zip(encoded["train"][:count], whole, strict=True):
+        learned = len(row.ids) - row.prompt_length
+        head = f"\n{row.place}: {len(row.ids)} tokens, {row.prompt_length} given, {learned} learned"
+        if any(row.cut):
+            head += f"; {row.cut[0]} of the prompt and {row.cut[1]} of the answer do not fit"
+        console.print(head, style="cyan", markup=False, highlight=False, soft_wrap=True)
+        console.print(_text(segments(row, full, tokenizer), _has_colour(console)), soft_wrap=True, highlight=False)
+
+
+def segments(row: Encoded, full: Encoded, tokenizer: Any) -> list[tuple[int, str]]:
+    """A row's text in runs of given, learned and cut; ``full`` is the same row with nothing cut.
+
+    What is learned is asked of a batch of the row, so that what is shown is what training sees.
+    """
+    import numpy as np
+
+    from trinityx_jax.data.batching import make_batch
+
+    batch = make_batch([row], [0], 0)
+    kind = np.full(len(full.ids), CUT)
+    shift = full.prompt_length - row.prompt_length  # where the prompt is cut, the answer stands further on in full
+    at = np.arange(len(row.ids))
+    kind[at + np.where(at < row.prompt_length, 0, shift)] = GIVEN
+    kind[batch.where[batch.valid] + 1 + shift] = LEARNED
+    bounds = [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(kind)]
+    # A run is what it adds to the text before it: alone, some tokenizers would drop its leading space.
+    texts = [tokenizer.decode(full.ids[:end], clean_up_tokenization_spaces=False) for end in bounds]
+    return [(int(kind[a]), texts[i + 1][len(texts[i]) :]) for i, a in enumerate(bounds[:-1])]
+
+
+def _text(found: list[tuple[int, str]], colour: bool) -> Text:
+    out = Text()
+    for kind, text in found:
+        before, after = ("", "") if colour else MARKS[kind]
+        out.append(before + text.translate(_VISIBLE) + after, STYLES[kind] if colour else "")
+    return out
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"data show": data_show}

@@ -1,0 +1,145 @@
+"""Every objective's rows: read, split by question, kept apart from the test rows, tokenised."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.config import DataConfig, RunConfig
+from trinityx_jax.data.formats import Example
+from trinityx_jax.data.objectives import load_prompts, read_examples
+from trinityx_jax.data.splits import overlap, split_by_question
+from trinityx_jax.data.templates import Encoded, encode
+from trinityx_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Encoded rows per objective: to train on, and held out (by question) to calibrate the router and to stop early."""
+
+    train: dict[str, list[Encoded]]
+    calibration: dict[str, list[Encoded]]
+    validation: dict[str, list[Encoded]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The examples of one entry of ``data``, and what became of the others.
+
+    Attributes:
+        read: rows of the split; skipped: bad ones among them.
+        dropped: examples whose prompt stands in the test rows too.
+        tests: every prompt of the test rows, normalised.
+    """
+
+    train: list[Example]
+    calibration: list[Example]
+    validation: list[Example]
+    read: int
+    skipped: int
+    dropped: int
+    tests: frozenset[str]
+
+
+def load_training_rows(config: RunConfig, backbone: Backbone) -> Rows:
+    """Read, split by question and tokenise every objective's training rows.
+
+    What ``on_overlap`` says is done with rows whose prompt also stands in the test rows; a mix is the union of
+    its parts, each row in its own template.
+
+    Raises:
+        UserError: there is no tokenizer, rows cannot be read, or too few are left.
+    """
+    if backbone.tokenizer is None:
+        raise UserError(f"{config.model}: holds no tokenizer; training needs one")
+    return encode_parts(config, load_parts(config), backbone.tokenizer)
+
+
+def load_parts(config: RunConfig, experts: Sequence[str] | None = None) -> dict[str, Part]:
+    """The examples of every entry of ``data`` that these experts learn from (None: all of the configuration's).
+
+    Raises:
+        UserError: rows cannot be read, or too few are left.
+    """
+    needed = {name: data for e in experts or config.experts.names for name, data in config.parts(e).items()}
+    parts = {name: _load_part(name, data, config.seed) for name, data in needed.items()}
+    _warn_across(parts)
+    return parts
+
+
+def encode_parts(config: RunConfig, parts: Mapping[str, Part], tokenizer: Any) -> Rows:
+    """Tokenise, each entry in its template, and put mixes together."""
+    rows = Rows({}, {}, {})
+    for target in ("train", "calibration", "validation"):
+        encoded = {
+            name: encode(config.data[name].template, getattr(part, target), tokenizer, config.train.seq_len)
+            for name, part in parts.items()
+        }
+        for expert in config.experts.names:
+            getattr(rows, target)[expert] = [row for name in config.parts(expert) for row in encoded[name]]
+    return rows
+
+
+def _load_part(name: str, data: DataConfig, seed: int) -> Part:
+    assert data.source is not None and data.format is not None  # a mix has parts, not rows
+    loaded = read_examples(data.source, data.format, data.split, data.limit, data.skip_bad, data.fields)
+    tests: list[Example] = []
+    if data.test is not None:
+        tests = load_prompts(data.test, data.test_kind, data.test_split, None, data.skip_bad, data.test_map)
+    kept = _apart(name, data, loaded.items, tests)
+    train, calibration, validation = split_by_question(kept, [data.calibration, data.validation], seed)
+    for part, what in ((train, "to train on"), (calibration, "to hold some out for calibration")):
+        if not part:
+            raise UserError(f"data.{name}: {len(kept)} rows are too few {what}")
+    if data.validation and not validation:
+        raise UserError(f"data.{name}: {len(kept)} rows are too few to hold some out for validation")
+    if data.resample is not None:
+        draws = np.random.default_rng(zlib.crc32(f"{seed}/{name}/resample".encode()))
+        train = [train[i] for i in draws.integers(len(train), size=data.resample)]
+    dropped = len(loaded.items) - len(kept)
+    questions = frozenset(e.question for e in tests)
+    return Part(train, calibration, validation, loaded.read, loaded.bad.count, dropped, questions)
+
+
+def _apart(name: str, data: DataConfig, examples: list[Example], tests: list[Example]) -> list[Example]:
+    """The examples, without those whose prompt is a test prompt where they are to be dropped."""
+    shared = overlap(examples, tests)
+    if not shared:
+        return examples
+    prompts = len({e.question for e in examples})
+    kept = [e for e in examples if e.question not in shared]
+    rows = len(examples) - len(kept)
+    verbatim = {e.prompt for e in tests}
+    exact = sum(e.prompt in verbatim for e in examples)
+    told = (
+        f"data.{name}: {len(shared):,} of {prompts:,} training prompts ({rows:,} of {len(examples):,} rows, {exact:,} "
+        f"of them letter by letter) also stand in the test rows"
+    )
+    if data.on_overlap == "error":
+        raise UserError(f"{told} (on_overlap: error)")
+    if data.on_overlap == "keep":
+        log.warning("%s, and are kept (on_overlap: keep)", told)
+        return examples
+    log.warning("%s, and are dropped: %s rows stay", told, f"{len(kept):,}")
+    return kept
+
+
+def _warn_across(parts: Mapping[str, Part]) -> None:
+    """Training prompts of one objective that are test prompts of another: nothing is dropped, it is said."""
+    for name, part in parts.items():
+        used = {e.question for e in part.train}
+        for other, tested in parts.items():
+            shared = used & tested.tests
+            if other != name and shared:
+                log.warning(
+                    "data.%s: %s of its training prompts stand in the test rows of data.%s; they are kept",
+                    name, f"{len(shared):,}", other,
+                )  # fmt: skip
