@@ -44,28 +44,35 @@ def options(method: str, density: float = 0.3) -> dict:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("majority", ["total", "frequency"])
-@pytest.mark.parametrize("density", [0.3, 1.0])
-def test_peft_gives_the_same(monkeypatch: pytest.MonkeyPatch, method: str, majority: str, density: float) -> None:
+@pytest.mark.filterwarnings("ignore:The density 1.0")
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("sum", {}),
+        ("magnitude", {"density": 0.3}),
+        ("dare", {"density": 0.3}),
+        ("ties", {"density": 0.3}),
+        ("ties", {"density": 1.0}),
+        ("ties", {"density": 0.6, "majority": "frequency"}),
+        ("dare_ties", {"density": 0.3}),
+        ("dare_ties", {"density": 0.6, "majority": "frequency"}),
+    ],
+)
+def test_peft_gives_the_same(monkeypatch: pytest.MonkeyPatch, method: str, arguments: dict) -> None:
     """On the same deltas, layer by layer; DARE's masks are ours, found from deltas of ones."""
     import torch
     from peft.utils import merge_utils
 
-    elects = {"majority": majority} if method.endswith("ties") else {}
-    if (majority == "frequency" and not elects) or (density == 1.0 and method == "sum"):
-        pytest.skip("no such parameter")
-    ours = merged(method=method, weights=WEIGHTS, **options(method, density), **elects)
+    ours = merged(method=method, weights=WEIGHTS, **arguments)
     ones = TaskVector({s: {**leaf, "a": jnp.ones_like(leaf["a"])} for s, leaf in EXPERTS["honest"].sites.items()})
-    kept = {n: merged({n: ones}, "dare", density=density) > 0 for n in NAMES}
+    kept = {n: merged({n: ones}, "dare", density=arguments.get("density", 1.0)) > 0 for n in NAMES}
     for layer in range(LAYERS):
         masks = iter([kept[name][layer] for name in NAMES])
         monkeypatch.setattr(torch, "bernoulli", lambda chance, m=masks: torch.tensor(next(m), dtype=chance.dtype))
         deltas = [torch.tensor(np.asarray(EXPERTS[n].dense("gate")[layer])) for n in NAMES]
         call = {"sum": "task_arithmetic", "dare": "dare_linear", "magnitude": "magnitude_prune"}.get(method, method)
-        arguments = {} if method == "sum" else {"density": density}
-        arguments |= {"majority_sign_method": majority} if elects else {}
-        wanted = getattr(merge_utils, call)(deltas, torch.tensor(list(WEIGHTS.values())), **arguments)
+        theirs = {"majority_sign_method" if key == "majority" else key: value for key, value in arguments.items()}
+        wanted = getattr(merge_utils, call)(deltas, torch.tensor(list(WEIGHTS.values())), **theirs)
         np.testing.assert_allclose(ours[layer], wanted.numpy(), **CLOSE)
 
 
