@@ -17,7 +17,7 @@ from trinityx_jax.convert.cards import Facts
 from trinityx_jax.convert.difference import Difference, difference
 from trinityx_jax.convert.load import open_source
 from trinityx_jax.errors import UserError
-from trinityx_jax.experts import MergeRule, TaskVector, gamma, naive_sum
+from trinityx_jax.experts import MergeRule, TaskVector, dynamic_gamma, gamma, naive_sum
 from trinityx_jax.experts.merge import Weight
 from trinityx_jax.exports import check_apart, facts_of
 from trinityx_jax.files import read_json
@@ -166,6 +166,21 @@ def static_gamma(
     weighed = {name: vectors[name] for name in chosen}
     found = gamma(weighed, against, similarity, floor)
     return {n: float(v.norm()) for n, v in weighed.items()}, dict(zip(weighed, found.tolist(), strict=True))
+
+
+def dynamic_step(
+    weights: Mapping[str, float], losses: Mapping[str, float], base_losses: Mapping[str, float], rate: float
+) -> list[float]:
+    """``dynamic_gamma`` of experts by name.
+
+    Raises:
+        UserError: the names are not the experts'; see ``dynamic_gamma``.
+    """
+    for flag, given in (("--losses", losses), ("--base-losses", base_losses)):
+        if set(given) != set(weights):
+            raise UserError(f"{flag}: are of {', '.join(given)}, the experts are {', '.join(weights)}")
+    step = dynamic_gamma(list(weights.values()), [losses[n] for n in weights], [base_losses[n] for n in weights], rate)
+    return step.tolist()
 
 
 def check_free(out: Path, sources: Sequence[Path]) -> None:

@@ -93,6 +93,8 @@ def test_show(capsys, some_run: Path, tmp_path: Path) -> None:
     assert out.count("+1.000") == 3
     assert (tmp_path / "plots" / "cosines.png").read_bytes()[:4] == b"\x89PNG"
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["cosines.png"]
+    product = float(vectors["helpful"].inner(vectors["honest"]))
+    assert "inner" not in out and f"{product:+.4g}" in run(capsys, "show", some_run, "--inner")
     run(capsys, "show", some_run / "experts" / "honest", "--plot", tmp_path / "one.svg")
     assert "honest" in (tmp_path / "one.svg").read_text()
     assert "--plot" in refused(capsys, "show", some_run, "--plot", tmp_path / "run.json")
@@ -218,6 +220,13 @@ def test_gamma(capsys, some_run: Path, tmp_path: Path) -> None:
     assert "'kind'" in refused(capsys, "gamma", some_run, "--reference", "kind")
     assert "'kind'" in refused(capsys, "gamma", some_run, "--experts", "kind")
     assert "no effect" in refused(capsys, "gamma", some_run, "--similarity", "uniform", "--floor", 0.1)
+    step = ["gamma", some_run, "--similarity", "uniform", "--losses", "helpful=1,harmless=2,honest=4", "--base-losses"]
+    out = run(capsys, *step, "honest=2,helpful=2,harmless=2", "--rate", 0.5)
+    assert re.search(r"0\.3333 .* 0\.4524", out)  # (1/3 + 4/7) / 2
+    assert "--base-losses: are of" in refused(capsys, *step, "honest=2")
+    assert "positive" in refused(capsys, *step, "honest=2,helpful=2,harmless=-2")
+    assert "needs both" in refused(capsys, *step[:-1])
+    assert "needs both" in refused(capsys, "gamma", some_run, "--rate", 0.5)
 
 
 def test_what_is_not_ours_stays(capsys, some_run: Path, tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from trinityx_jax.commands.common import show as show_table
 from trinityx_jax.errors import UserError
 
 
-def show(src: Positional[str], plot: str | None = None) -> int:
+def show(src: Positional[str], inner: bool = False, plot: str | None = None) -> int:
     """Norms, ranks, gamma and pairwise cosines of experts, as a table and a heat map.
 
     Args:
         src: run folder, its experts folder, one expert, or PEFT adapters.
+        inner: print inner products too.
         plot: also write the heat map to this file (.png, .svg or .pdf).
     """
     from rich.table import Table
@@ -35,14 +36,16 @@ def show(src: Positional[str], plot: str | None = None) -> int:
     vectors = load_experts(src)
     facts, weights = vector_table(vectors), _gamma_cells(src, vectors)
     table, heat = Table("expert", "sites", "rank", "norm", "gamma"), Table("", *(f"cos {n}" for n in vectors))
+    products = Table("", *(f"inner {n}" for n in vectors))
     for index, (name, vector) in enumerate(vectors.items()):
         ranks = ",".join(str(r) for r in sorted(set(vector.ranks.values())))
         sites = " ".join(site for site in SITES if site in vector.sites)
         table.add_row(name, sites, ranks, f"{facts['norm'][name]:.3f}", weights[name])
         cosines = facts["cosine"][index]
         heat.add_row(name, *(Text(f" {c:+.3f} ", style=f"black on {shade(c)}") for c in cosines))
-    show_table(table)
-    show_table(heat)
+        products.add_row(name, *(f"{float(vector.inner(other)):+.4g}" for other in vectors.values()))
+    for part in (table, heat, products) if inner else (table, heat):
+        show_table(part)
     if plot is not None:
         write_heat_map(facts["cosine"], list(vectors), Path(plot))
         print(f"wrote {plot}")
@@ -178,8 +181,11 @@ def gamma(
     similarity: Literal["cosine", "inner", "uniform"] = "cosine",
     floor: float | None = None,
     experts: str | None = None,
+    losses: str | None = None,
+    base_losses: str | None = None,
+    rate: float | None = None,
 ) -> int:
-    """Print the normalised static weights gamma of experts.
+    """Print the normalised weights gamma of experts: static, or one dynamic step from there.
 
     Args:
         src: run folder, experts folder, one expert, or PEFT adapters.
@@ -187,16 +193,29 @@ def gamma(
         similarity: cosine, the paper's inner, or uniform.
         floor: a similarity below it counts as this much; by default a negative one is an error.
         experts: which are weighed, such as helpful,honest; by default all, the reference too.
+        losses: each expert's loss, such as helpful=1.9,honest=2.2: takes a dynamic step.
+        base_losses: the base's on the same rows, in the same way.
+        rate: of the dynamic step; by default 0.1.
     """
     from rich.table import Table
 
     from trinityx_jax import vectors
 
     names = None if experts is None else [name.strip() for name in experts.split(",")]
+    own, base = (
+        None if text is None else parse_weights(text, flag)
+        for text, flag in ((losses, "--losses"), (base_losses, "--base-losses"))
+    )
+    if (own is None) != (base is None) or (own is None and rate is not None):
+        raise UserError("--losses, --base-losses: a dynamic step needs both, and --rate has no effect without")
     norms, found = vectors.static_gamma(src, reference, similarity, floor, names)
-    table = Table("expert", "norm", "gamma")
-    for name, weight in found.items():
-        table.add_row(name, f"{norms[name]:.3f}", f"{weight:.4f}")
+    columns = [[f"{norms[name]:.3f}" for name in found], [f"{weight:.4f}" for weight in found.values()]]
+    if own is not None and base is not None:
+        step = vectors.dynamic_step(found, own, base, 0.1 if rate is None else rate)
+        columns.append([f"{weight:.4f}" for weight in step])
+    table = Table("expert", "norm", "gamma", *(["after a step"] if len(columns) > 2 else []))
+    for name, *cells in zip(found, *columns, strict=True):
+        table.add_row(name, *cells)
     show_table(table)
     return OK
 
