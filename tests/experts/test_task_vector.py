@@ -219,7 +219,7 @@ def test_operators_work_under_jit_and_vmap() -> None:
     np.testing.assert_allclose(
         jax.vmap(lambda v: v.inner(Y))(batch), np.array([1, 2, -1]) * (flat(X) @ flat(Y)), rtol=1e-5
     )
-    small = jax.tree.map(lambda leaf: leaf[1], jax.vmap(lambda v: v.compress(1))(batch))
+    small = jax.tree.map(lambda leaf: leaf[1], jax.jit(jax.vmap(lambda v: v.compress(1)))(batch))
     np.testing.assert_allclose(flat(small), 2 * flat(X.compress(1)), rtol=1e-4, atol=1e-4)
     sums = jax.vmap(lambda v, c: c * v + Y)(batch, jnp.arange(3.0))
     last = jax.tree.map(lambda leaf: leaf[2], sums)
