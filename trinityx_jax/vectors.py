@@ -126,8 +126,9 @@ def merged(
             raise UserError(f"--base: has no effect on a run, and {src} is one")
         info = folder.info()["base"]
         base, dtype, fingerprint = info["model"], dtype or info["dtype"], info["fingerprint"]
-    elif base is None:
+    elif expert_folders(Path(src)) and base is None:
         raise UserError(f"--base: {src} is no run; name the model that its experts go on")
+    assert base is not None
     source = open_source(base)
     check_apart(Path(out), [Path(base), Path(src), *map(Path, weights or {})])
     if fingerprint is not None:
@@ -188,6 +189,8 @@ def check_free(out: Path, sources: Sequence[Path]) -> None:
     if not NAME.fullmatch(out.name):
         raise UserError(f"{out}: an expert's folder is named by letters, digits, '.', '_' and '-'")
     check_apart(out, sources)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file, a folder is to be written there")
     if out.resolve().parent.name == "experts" and (out.resolve().parents[1] / "run.json").exists():
         raise UserError(f"{out}: belongs to a run, whose experts are as they were trained; choose another folder")
     if out.is_dir() and any(out.iterdir()):

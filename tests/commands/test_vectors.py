@@ -258,6 +258,8 @@ def test_what_is_not_ours_stays(capsys, some_run: Path, tmp_path: Path) -> None:
         (["add", run_copy, tmp_path / "x", "--weights", f"{run_copy}=1"], "several experts"),
         (["add", run_copy, tmp_path / "a b", "--weights", "honest=1"], "is named by"),
         (["negate", tmp_path / "nowhere", tmp_path / "x"], "holds no expert"),
+        (["merge", tmp_path / "nowhere", tmp_path / "x"], "holds no expert"),
+        (["negate", trained, trained / "expert.json"], "is a file"),
         (["extract", tmp_path / "nowhere", some_run.parent / "model", tmp_path / "x", "--rank", 1], "nowhere"),
     ):
         assert said in refused(capsys, *args)

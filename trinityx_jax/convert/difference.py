@@ -52,6 +52,8 @@ def difference(tuned: Source, base: Source, rank: int, sites: Sequence[str]) -> 
     """
     check_request(rank, sites)
     _check_geometry(tuned, base)
+    for source in (tuned, base):
+        source.check_repeated_head()
     factors: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {site: [] for site in SITES if site in sites}
     kept: dict[str, list[float]] = {site: [] for site in factors}
     whole: dict[str, list[float]] = {site: [] for site in factors}
