@@ -37,8 +37,10 @@ def experts(backbone: Backbone) -> dict[str, TaskVector]:
     return out
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("sum", "float32"), ("sum", "bfloat16"), ("average", "float32"), ("ties", "bfloat16"), ("dare_ties", "float32")],
+)
 def test_files_hold_what_memory_would(tiny_model: Path, tmp_path: Path, monkeypatch, method: str, dtype: str) -> None:
     monkeypatch.setattr(tensors, "BLOCK_BYTES", 2000)  # tensors are read and written in several parts
     monkeypatch.setattr(streaming, "ROWS", 5)
