@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def gamma(
             has no effect; there is no expert, one has other shapes than the reference, or is not finite.
     """
     _check_options(reference, similarity, floor)
-    names, experts = list(vectors), list(vectors.values())
+    experts = list(vectors.values())
     if not experts:
         raise UserError("gamma: at least one expert is needed")
     norms = {name: float(v.norm()) for name, v in vectors.items()}
@@ -64,12 +64,7 @@ def gamma(
     raw = jnp.stack([measure(v, reference) for v in experts])
     if floor is not None:
         raw = jnp.maximum(raw, floor)
-    for name, value in zip(names, raw.tolist(), strict=True):
-        if value < 0:
-            raise UserError(
-                f"gamma: expert {name!r} has similarity {value:.3g} with the reference; "
-                "negate the vector, set a floor, or choose gamma: uniform"
-            )
+    _check_similarities(vectors, raw.tolist())
     total = jnp.sum(raw)
     if float(total) <= 0.0:
         log.warning("gamma: every similarity is zero: gamma is uniform")
@@ -101,6 +96,15 @@ def dynamic_gamma(
         raise UserError(f"dynamic gamma: rate must lie in [0, 1], is {rate}")
     better = base / own
     return jnp.asarray((1 - rate) * old + rate * better / better.sum(), jnp.float32)
+
+
+def _check_similarities(names: Iterable[str], values: Sequence[float]) -> None:
+    for name, value in zip(names, values, strict=True):
+        if value < 0:
+            raise UserError(
+                f"gamma: expert {name!r} has similarity {value:.3g} with the reference; "
+                "negate the vector, set a floor, or choose gamma: uniform"
+            )
 
 
 def _check_options(reference: TaskVector | None, similarity: str, floor: float | None) -> None:
