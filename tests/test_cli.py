@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from trinityx_jax import cli
+from trinityx_jax.commands import vectors
 
 COMMANDS = [
     "quickstart",
@@ -56,7 +57,7 @@ def test_every_command_has_help() -> None:
         )
         assert done.returncode == 0
         assert f"usage: trinityx {command}" in re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
-    assert set(cli.COMMANDS) == set(COMMANDS)
+    assert set(cli.COMMANDS) == {*COMMANDS, *vectors.COMMANDS}  # of a family one here, all in tests/commands
 
 
 def test_unknown_command_and_flag(capsys) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trinityx_jax.backbone import Backbone, BackboneConfig
     from trinityx_jax.convert.load import load_backbone
     from trinityx_jax.errors import UserError
-    from trinityx_jax.experts import TaskVector, gamma, merge
+    from trinityx_jax.experts import TaskVector, dynamic_gamma, extract, gamma, merge
     from trinityx_jax.generation import Sampling, generate
     from trinityx_jax.mocae import MoCaEConfig, Router
     from trinityx_jax.runs import load_experts, load_router, save_expert, save_router
@@ -26,6 +26,8 @@ _HOME = {
     "Sampling": "generation",
     "TaskVector": "experts",
     "UserError": "errors",
+    "dynamic_gamma": "experts",
+    "extract": "experts",
     "forward": "api",
     "gamma": "experts",
     "generate": "generation",
@@ -45,6 +47,8 @@ __all__ = [
     "Sampling",
     "TaskVector",
     "UserError",
+    "dynamic_gamma",
+    "extract",
     "forward",
     "gamma",
     "generate",

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +20,12 @@ import tyro
 from tyro.conf import Positional, Suppress
 
 from trinityx_jax import __version__
-from trinityx_jax.commands import data
+from trinityx_jax.commands import data, vectors
+from trinityx_jax.commands.common import OK, parse_weights, show
 from trinityx_jax.errors import UserError
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-OK, NO, BAD_INPUT, STOPPED = 0, 1, 2, 75
+NO, BAD_INPUT, STOPPED = 1, 2, 75
 MANY = ("train-experts", "train-router", "data show")  # commands that take --key.sub VALUE overrides
 
 
@@ -44,7 +45,7 @@ def quickstart(out: str = "runs/quickstart", model: str | None = None, steps: in
 
     started = time.monotonic()
     results, report = run_quickstart(out, model, steps)
-    _print(closing_table(results))
+    show(closing_table(results))
     for label, path in (
         ("report", report),
         ("experts", Path(out) / "experts"),
@@ -130,28 +131,6 @@ def train_router(config: Positional[str], overrides: Suppress[Sequence[str]] = (
     return OK
 
 
-def vectors_show(run: Positional[str]) -> int:
-    """Norms, pairwise cosines and gamma of a run's experts.
-
-    Args:
-        run: run folder, its experts folder, or one expert.
-    """
-    from rich.table import Table
-
-    from trinityx_jax.evaluation.collect import vector_table
-    from trinityx_jax.runs import load_experts
-
-    vectors = load_experts(run)
-    facts, weights = vector_table(vectors), _gamma_cells(run, vectors)
-    table = Table("expert", "rank", "norm", "gamma", *(f"cos {n}" for n in vectors))
-    for index, (name, vector) in enumerate(vectors.items()):
-        ranks = ",".join(str(r) for r in sorted(set(vector.ranks.values())))
-        cosines = [f"{c:+.3f}" for c in facts["cosine"][index]]
-        table.add_row(name, ranks, f"{facts['norm'][name]:.3f}", weights[name], *cosines)
-    _print(table)
-    return OK
-
-
 def generate(
     run: Positional[str],
     prompt: str | None = None,
@@ -214,7 +193,7 @@ def evaluate(run: Positional[str], out: str | None = None) -> int:
     from trinityx_jax.evaluation.suite import evaluate_run
 
     results, path = evaluate_run(run, out)
-    _print(closing_table({**results, "claims": claims(results)}))
+    show(closing_table({**results, "claims": claims(results)}))
     print(f"wrote {path}")
     return OK
 
@@ -276,13 +255,15 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "convert": convert,
     "train-experts": train_experts,
     "train-router": train_router,
-    "vectors show": vectors_show,
     **data.COMMANDS,
+    **vectors.COMMANDS,
     "generate": generate,
     "evaluate": evaluate,
     "export": export,
     "report": report,
 }
+
+FAMILIES = ("data", "vectors")  # of commands in two words
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -293,7 +274,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words in (["--version"], ["-V"]):
         print(__version__)
         return OK
-    name = " ".join(words[:2]) if words[:1] in (["vectors"], ["data"]) else "".join(words[:1])
+    family = words[0] if words and words[0] in FAMILIES else ""
+    name = " ".join(words[:2]) if family else "".join(words[:1])
+    if family and name in (family, f"{family} -h", f"{family} --help"):
+        return _usage(name.partition(" ")[2], f"{family} ")
     if name not in COMMANDS:
         return _usage(name)
     with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
@@ -332,31 +316,15 @@ def _call(name: str, words: list[str]) -> int:
     return function(words[0], words[1:])
 
 
-def _usage(name: str) -> int:
+def _usage(name: str, family: str = "") -> int:
     if name in ("", "-h", "--help"):
-        print("usage: trinityx COMMAND [...]   (trinityx COMMAND --help)\n")
+        print(f"usage: trinityx {family}COMMAND [...]   (trinityx {family}COMMAND --help)\n")
         for command, function in COMMANDS.items():
-            print(f"  {command:<14} {(function.__doc__ or '').splitlines()[0]}")
+            if command.startswith(family):
+                print(f"  {command:<17} {(function.__doc__ or '').splitlines()[0]}")
         return OK if name else BAD_INPUT
     print(f"trinityx: no command {name!r} (commands: {', '.join(COMMANDS)})", file=sys.stderr)
     return BAD_INPUT
-
-
-def _gamma_cells(run: str, vectors: Mapping[str, Any]) -> dict[str, str]:
-    """gamma~ of the run's router; before there is one, by the recommended reading; "-" where it has none."""
-    from trinityx_jax.experts import gamma
-    from trinityx_jax.runs import load_router
-
-    try:
-        if (Path(run) / "router" / "router.json").exists():
-            router = load_router(run)
-            found = dict(zip(router.names, router.gamma.tolist(), strict=True))
-        else:
-            found = dict(zip(vectors, gamma(vectors).tolist(), strict=True))
-    except UserError as error:
-        print(f"gamma is not defined: {error}", file=sys.stderr)
-        return dict.fromkeys(vectors, "-")
-    return {name: f"{found[name]:.3f}" for name in vectors}
 
 
 def _prompts(prompt: str | None, file: str | None) -> list[str]:
@@ -380,26 +348,7 @@ def _static_weights(expert: str | None, weights: str | None) -> dict[str, float]
         raise UserError("give --expert or --weights, not both")
     if expert is not None:
         return {} if expert == "base" else {expert: 1.0}
-    if weights is None:
-        return None
-    out: dict[str, float] = {}
-    for part in weights.split(","):
-        name, _, value = (text.strip() for text in part.partition("="))
-        if name in out:
-            raise UserError(f"--weights: {name!r} stands twice")
-        try:
-            out[name] = float(value)
-        except ValueError:
-            raise UserError(f"--weights: {part!r} is not NAME=NUMBER") from None
-        if not abs(out[name]) < 1e30:
-            raise UserError(f"--weights: {part!r} is not a finite number of reasonable size")
-    return out
-
-
-def _print(renderable: Any) -> None:
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 120).print(renderable)
+    return None if weights is None else parse_weights(weights)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,7 @@ def export_run(
         hub.check_id(repo)
     folder, out = RunFolder(run), Path(out)
     base = folder.info()["base"]
-    for path in (Path(base["model"]), folder.path):
-        if path.exists() and path.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{out}: holds {path}, from which the export is made; choose another folder")
+    check_apart(out, [Path(base["model"]), folder.path])
     source = open_source(base["model"])
     check_base(f"{run}: the run", base["fingerprint"], source.fingerprint)
     vectors = load_experts(run, base["fingerprint"], source.config)
@@ -87,6 +85,13 @@ def export_run(
     if repo is not None:
         lines.append(f"pushed to {hub.push(out, repo, private)}")
     return lines
+
+
+def check_apart(out: Path, sources: Sequence[Path]) -> None:
+    """Raise UserError where a folder that is to be written holds, or is, what is read."""
+    for path in sources:
+        if path.exists() and path.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{out}: holds {path}, from which the export is made; choose another folder")
 
 
 def combined(vectors: Mapping[str, TaskVector], weights: Mapping[str, float]) -> TaskVector:

@@ -194,7 +194,7 @@ def load_experts(
             if not is_adapter(folder) and not (folder / "expert.json").exists():
                 raise UserError(f"{folder}: holds no expert (no expert.json, no adapter_config.json)")
     else:
-        folders = _expert_folders(Path(path))
+        folders = expert_folders(Path(path))
     vectors = {}
     for name, folder in folders.items():
         vectors[name] = load_peft(folder, config, weights_only) if is_adapter(folder) else load_expert(folder)
@@ -205,7 +205,7 @@ def load_experts(
     return vectors
 
 
-def _expert_folders(path: Path) -> dict[str, Path]:
+def expert_folders(path: Path) -> dict[str, Path]:
     """Every expert or adapter at a path, by name."""
     order: list[str] = []
     if (path / "run.json").exists():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from trinityx_jax.errors import UserError
-from trinityx_jax.experts import TaskVector, gamma, naive_sum
+from trinityx_jax.experts import TaskVector, dynamic_gamma, gamma, naive_sum
 
 SHAPES = {"gate": (24, 40), "up": (24, 40), "down": (40, 24)}
 
@@ -91,6 +91,45 @@ def test_refusals_name_what_is_wrong() -> None:
         gamma({})
     with pytest.raises(UserError, match="at least one"):
         naive_sum([])
+    with pytest.raises(UserError, match="reference holds"):
+        gamma(EXPERTS, float("inf") * unit(0))
+    for options, said in (
+        ({"floor": -0.1}, "floor must"),
+        ({"floor": float("nan")}, "floor must"),
+        ({"similarity": "uniform", "floor": 0.1}, "a floor has no effect"),
+        ({"similarity": "uniform", "reference": unit(0)}, "a reference has no effect"),
+    ):
+        with pytest.raises(UserError, match=said):
+            gamma(EXPERTS, **options)
     broken = {**EXPERTS, "honest": float("nan") * EXPERTS["honest"]}
     with pytest.raises(UserError, match=r"'honest'.*finite"):
         gamma(broken)
+
+
+def test_negating_or_a_floor_helps_as_the_refusal_says() -> None:
+    reference, against = unit(0) + unit(1), -1.0 * unit(1)
+    with pytest.raises(UserError, match="negate the vector, set a floor"):
+        gamma({"a": unit(0), "b": against}, reference)
+    np.testing.assert_allclose(gamma({"a": unit(0), "b": -against}, reference), [0.5, 0.5], atol=0.02)
+    cosine = float(unit(0).cosine(reference))
+    found = gamma({"a": unit(0), "b": against}, reference, floor=0.1)
+    np.testing.assert_allclose(found, np.array([cosine, 0.1]) / (cosine + 0.1), rtol=1e-5)
+    np.testing.assert_allclose(gamma({"a": unit(0), "b": against}, reference, floor=0.0), [1, 0], atol=1e-6)
+
+
+def test_dynamic_gamma_follows_the_losses_and_never_collapses() -> None:
+    """0.9 gamma + 0.1 (1/l_i) / sum_j (1/l_j), l the expert's loss over the base's on the same rows."""
+    old, losses, base = np.array([0.5, 0.3, 0.2]), np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 4.0])
+    better = 1 / (losses / base)
+    np.testing.assert_allclose(dynamic_gamma(old, losses, base), 0.9 * old + 0.1 * better / better.sum(), rtol=1e-6)
+    np.testing.assert_array_equal(dynamic_gamma(old, losses, base, rate=0.0), old.astype(np.float32))
+    step = jnp.asarray(old)
+    for _ in range(200):
+        step = dynamic_gamma(step, losses, base)
+    np.testing.assert_allclose(step, better / better.sum(), rtol=1e-5)
+    np.testing.assert_allclose(jnp.sum(step), 1.0, rtol=1e-6)
+    for arguments in (([0.5, 0.5], losses, base), (old, [1.0, 0.0, 1.0], base), (old, losses, [1.0, np.nan, 1.0])):
+        with pytest.raises(UserError, match="dynamic gamma"):
+            dynamic_gamma(*arguments)
+    with pytest.raises(UserError, match="rate"):
+        dynamic_gamma(old, losses, base, rate=1.5)

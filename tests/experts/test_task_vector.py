@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +35,6 @@ PARAMS = {
 }
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 laws = settings(max_examples=12, deadline=None, derandomize=True, database=None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """These programs are tiny and run once: most of their time would go into optimising them."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def make(seed: int, ranks: dict[str, int], layers: int = LAYERS, wide: int = 0) -> TaskVector:
@@ -132,6 +126,36 @@ def test_adding_then_subtracting_gives_the_vector_back(x: TaskVector, y: TaskVec
     np.testing.assert_allclose(flat(x - y), -flat(y - x), **CLOSE)
 
 
+alike = st.builds(make, st.integers(0, 10**6), st.just({"gate": 2, "down": 1}))  # few shapes, few compilations
+numbers = st.floats(-3, 3, width=32)
+
+
+@given(alike, alike, alike, numbers, numbers)
+@laws
+def test_vectors_form_a_vector_space(x: TaskVector, y: TaskVector, z: TaskVector, c: float, d: float) -> None:
+    for one, other in (
+        (x + y, y + x),
+        ((x + y) + z, x + (y + z)),
+        (c * (x + y), c * x + c * y),
+        ((c + d) * x, c * x + d * x),
+        (c * (d * x), (c * d) * x),
+        (x - y, x + (-1.0) * y),
+        (x + 0.0 * y, x),
+    ):
+        np.testing.assert_allclose(flat(one), flat(other), rtol=2e-5, atol=1e-4)
+
+
+@given(alike, alike, numbers)
+@laws
+def test_merging_a_sum_is_merging_each(x: TaskVector, y: TaskVector, c: float) -> None:
+    at_once, apart = merge(PARAMS, x + c * y), merge(merge(PARAMS, x), c * y)
+    weighed = merge(PARAMS, {"x": x, "y": y}, weights={"x": 1.0, "y": c})
+    for site in FEED_FORWARD:
+        wanted = np.asarray(PARAMS["blocks"][site]["kernel"], np.float64) + dense(x, site) + c * dense(y, site)
+        for params in (at_once, apart, weighed):
+            np.testing.assert_allclose(params["blocks"][site]["kernel"], wanted, rtol=2e-5, atol=1e-4)
+
+
 @given(vectors())
 @laws
 def test_negation_is_an_involution(x: TaskVector) -> None:
@@ -195,9 +219,58 @@ def test_operators_work_under_jit_and_vmap() -> None:
     np.testing.assert_allclose(
         jax.vmap(lambda v: v.inner(Y))(batch), np.array([1, 2, -1]) * (flat(X) @ flat(Y)), rtol=1e-5
     )
+    small = jax.tree.map(lambda leaf: leaf[1], jax.jit(jax.vmap(lambda v: v.compress(1)))(batch))
+    np.testing.assert_allclose(flat(small), 2 * flat(X.compress(1)), rtol=1e-4, atol=1e-4)
     sums = jax.vmap(lambda v, c: c * v + Y)(batch, jnp.arange(3.0))
     last = jax.tree.map(lambda leaf: leaf[2], sums)
     np.testing.assert_allclose(flat(last), -2 * flat(X) + flat(Y), **CLOSE)
+
+
+def test_operators_work_on_shards() -> None:
+    """On eight devices, factors divided over both axes of a mesh: the same numbers, a merged kernel in its place."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], capture_output=True, text=True, check=False,
+        env={**os.environ, "XLA_FLAGS": EIGHT, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["a (2, 8, 4)", "kernel (2, 8, 12)", "merged (2, 8, 12)", "equal"]
+
+
+EIGHT = "--xla_force_host_platform_device_count=8"
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from trinityx_jax.experts import TaskVector, gamma, merge
+mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+draw = np.random.default_rng(0)
+def make():
+    a, b = draw.normal(size=(2, 32, 4)), draw.normal(size=(2, 4, 24))
+    return TaskVector({"gate": {"a": jnp.asarray(a, "f"), "b": jnp.asarray(b, "f"), "scale": jnp.asarray([0.5, -2.0])}})
+specs = {"a": P(None, "fsdp"), "b": P(None, None, "tensor"), "scale": P()}
+def shard(v):
+    return TaskVector({s: {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in leaf.items()}
+                       for s, leaf in v.sites.items()})
+x, y = make(), make()
+kernel = jnp.asarray(draw.normal(size=(2, 32, 24)), "f")
+params = {"blocks": {"gate": {"kernel": kernel}}}
+placed = {"blocks": {"gate": {"kernel": jax.device_put(kernel, NamedSharding(mesh, P(None, "fsdp", "tensor")))}}}
+sx, sy = shard(x), shard(y)
+print("a", sx.sites["gate"]["a"].addressable_shards[0].data.shape)
+print("kernel", placed["blocks"]["gate"]["kernel"].addressable_shards[0].data.shape)
+def work(x, y):
+    z = 0.5 * x - y
+    return z.dense("gate"), z.compress(3).dense("gate"), x.inner(y), x.cosine(y), (-z).norm()
+close = lambda one, other: jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-4, atol=1e-4), one, other)
+close(work(sx, sy), work(x, y))
+close(jax.jit(work)(sx, sy), work(x, y))
+close(gamma({"x": sx, "y": sy}, sx + sy, floor=0.0), gamma({"x": x, "y": y}, x + y, floor=0.0))
+for options in ({}, {"method": "ties", "density": 0.3}, {"method": "dare", "density": 0.5, "seed": 3}):
+    out = merge(placed, [sx, sy], **options)["blocks"]["gate"]["kernel"]
+    close(out, merge(params, [x, y], **options)["blocks"]["gate"]["kernel"])
+    assert out.sharding == placed["blocks"]["gate"]["kernel"].sharding
+print("merged", out.addressable_shards[0].data.shape)
+print("equal")
+"""
 
 
 def test_origin_rides_along_outside_the_tree() -> None:

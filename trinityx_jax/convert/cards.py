@@ -84,16 +84,18 @@ model = PeftModel.from_pretrained(model, {json.dumps(repo)}, subfolder="{next(it
 {_data(facts.data)}{_metrics(facts, list(vectors))}{_licence(facts)}"""
 
 
-def merged_card(name: str, weights: Mapping[str, float], facts: Facts, dtype: str) -> str:
-    """The card of a base model with task vectors added to its weights."""
-    rows = "\n".join(f"| {expert} | {weight:g} |" for expert, weight in weights.items())
+def merged_card(name: str, weights: Mapping[str, Any], rule: Mapping[str, Any], facts: Facts, dtype: str) -> str:
+    """The card of a base model with task vectors merged into its weights, by ``rule`` (a MergeRule's fields)."""
+    shown = {e: " ".join(f"{w:g}" for w in np.atleast_1d(weight).tolist()) for e, weight in weights.items()}
+    rows = "\n".join(f"| {expert} | {weight} |" for expert, weight in shown.items())
+    settings = "".join(f", {key} {value}" for key, value in rule.items() if key != "method")
     own = {expert: text for expert, text in facts.data.items() if expert in weights}
     front = {"base_model": facts.base, "library_name": "transformers", "pipeline_tag": "text-generation"}
     return f"""{_front_matter(facts, **front, tags=["trinityx", "merge"])}
 # {name}
 
-{facts.base} with TrinityX task vectors added to its weights (task arithmetic), in {dtype}. It is a plain
-checkpoint of its family: no custom code.
+{facts.base} with TrinityX task vectors merged into its weights, in {dtype}; method {rule["method"]}{settings}.
+It is a plain checkpoint of its family: no custom code.
 
 | task vector | weight |
 |---|---|

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import re
 import shutil
@@ -14,23 +15,24 @@ import jax
 import numpy as np
 
 from trinityx_jax.backbone import Backbone, BackboneConfig
-from trinityx_jax.convert import cards, hf
+from trinityx_jax.convert import cards
 from trinityx_jax.convert.cards import Facts
 from trinityx_jax.convert.fetch import HUB_ID, SMOLLM2
+from trinityx_jax.convert.merged import Merged
 from trinityx_jax.convert.peft import CONFIG, WEIGHTS, peft_settings, peft_tensors
 from trinityx_jax.convert.shards import write_file, write_shards
-from trinityx_jax.convert.source import Sample, Source, source_of
-from trinityx_jax.convert.tensors import Stored, contiguous, finite, held
+from trinityx_jax.convert.source import Source, source_of
+from trinityx_jax.convert.tensors import Stored, held
 from trinityx_jax.errors import UserError
-from trinityx_jax.experts import ATTENTION, FEED_FORWARD, TaskVector, stack
+from trinityx_jax.experts import ATTENTION, FEED_FORWARD, Merger, MergeRule, TaskVector, stack
 from trinityx_jax.experts.lora import check_fits
+from trinityx_jax.experts.merge import Weight
 from trinityx_jax.files import atomic_dir, check_replaceable, write_json, write_text
 from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.router import per_layer
 
 MODELING = "modeling_trinityx.py"
-MERGED_ROWS = 256  # of a tensor, summed together
 MERGED = "trinityx_merge.json"  # what was merged; marks the folder as ours
 
 
@@ -79,18 +81,20 @@ def export_peft(
 def export_merged(
     backbone: Backbone | Source,
     vectors: Mapping[str, TaskVector],
-    weights: Mapping[str, float],
+    weights: Mapping[str, Weight],
     out: Path,
     *,
+    rule: MergeRule | None = None,
     dtype: str | None = None,
     facts: Facts | None = None,
     name: str | None = None,
 ) -> Path:
-    """theta_0 + sum_i w_i T_i as a plain checkpoint of the base's family, which needs no code of ours.
+    """The base with experts merged into its weights, as a plain checkpoint of its family that needs no code of ours.
 
     Args:
-        weights: by expert; others do not take part, and none at all is the base as it is. The sum is made in
-            float32, part by part.
+        weights: by expert, a number or one for each block of layers; others do not take part, and none at all
+            is the base as it is. What is written is, bit for bit, what ``merge`` makes of the base in its stored dtype.
+        rule: None is the weighted sum, theta_0 + sum_i w_i T_i.
         dtype: of what is written; None is the base's.
         name: what the card calls it (a hub id); None is the folder's name.
 
@@ -98,31 +102,25 @@ def export_merged(
         ``out``.
 
     Raises:
-        UserError: a weight names no expert, a vector does not fit the base, or the place cannot be written.
+        UserError: a weight names no expert or is not finite, a vector does not fit the base, or the place
+            cannot be written.
     """
-    out, base = Path(out), _source(backbone)
-    for expert in weights:
-        if expert not in vectors:
-            raise UserError(f"export: there is no expert {expert!r} (experts: {', '.join(vectors)})")
-    chosen = {expert: vectors[expert] for expert in weights}
-    if chosen:
-        _check_vectors(chosen, base.config)
+    out, base, rule = Path(out), _source(backbone), rule or MergeRule()
+    merger = Merger(vectors, base.config.num_layers, rule, weights) if weights else None
+    if merger is not None:
+        _check_vectors(merger.vectors, base.config)
     _check_replaceable(out, MERGED)
     kind = base.dtype(dtype)
     facts = facts or Facts(str(base.extras.get("source", base.where)), base.extras.get("license"))
-    sample = Sample(base.config)
-    factors = [(weight, _numpy_sites(chosen[expert])) for expert, weight in weights.items()]
-    tensors = {
-        hf_name: Stored(place.shape, kind, functools.partial(_merged, base, sample, hf_name, place, factors, kind))
-        for hf_name, place in base.places.items()
-    }
+    merged = Merged(base, merger, kind)
+    how = {key: value for key, value in dataclasses.asdict(rule).items() if value is not None}
     with atomic_dir(out) as staging:
-        write_shards(staging, tensors)
-        base.check_fingerprint(sample.digest())
+        write_shards(staging, merged.tensors())
+        merged.check_fingerprint()
         write_json(staging / "config.json", base.config.to_hf() | {"dtype": str(kind)})
         _write_companions(staging, base)
-        write_json(staging / MERGED, {"base": facts.base, "weights": dict(weights), "dtype": str(kind)})
-        write_text(staging / "README.md", cards.merged_card(name or out.name, weights, facts, str(kind)))
+        write_json(staging / MERGED, {"base": facts.base, "weights": dict(weights), "dtype": str(kind), **how})
+        write_text(staging / "README.md", cards.merged_card(name or out.name, weights, how, facts, str(kind)))
     return out
 
 
@@ -151,20 +149,16 @@ def export_mocae(
     _check_router(router, vectors, base.config)
     _check_replaceable(out, MODELING)
     ordered = {expert: vectors[expert] for expert in router.names}
-    attention, sample = _attention(router, ordered), Sample(base.config)
+    attention = _attention(router, ordered, base.config.num_layers)
     ordered = {n: TaskVector({s: v.sites[s] for s in FEED_FORWARD if s in v.sites}) for n, v in ordered.items()}
     kind = base.dtype(dtype)
     facts = facts or Facts(str(base.extras.get("source", base.where)), base.extras.get("license"))
-    tensors = {
-        hf_name: Stored(place.shape, kind, functools.partial(_merged, base, sample, hf_name, place, attention, kind))
-        for hf_name, place in base.places.items()
-    }
-    layers = base.config.num_layers
-    tensors |= _expert_tensors(ordered, layers)
+    merged, layers = Merged(base, attention, kind), base.config.num_layers
+    tensors = merged.tensors() | _expert_tensors(ordered, layers)
     tensors |= {key: held(value) for key, value in _router_tensors(router, layers).items()}
     with atomic_dir(out) as staging:
         write_shards(staging, tensors)
-        base.check_fingerprint(sample.digest())
+        merged.check_fingerprint()
         write_json(staging / "config.json", _mocae_config(base.config, ordered, router, str(kind)))
         _write_companions(staging, base)
         shutil.copyfile(Path(__file__).parent / "mocae_hf" / MODELING, staging / MODELING)
@@ -217,54 +211,19 @@ def _check_uploadable(out: Path, names: Mapping[str, Any]) -> None:
         raise UserError(f"{out}: holds {others[0]}, which would be uploaded too; choose a new folder")
 
 
-def _numpy_sites(vector: TaskVector) -> dict[str, dict[str, np.ndarray]]:
-    return {s: {k: np.asarray(x, np.float32) for k, x in site.items()} for s, site in vector.sites.items()}
-
-
-def _attention(router: Router, vectors: Mapping[str, TaskVector]) -> list[tuple[float, dict]]:
-    """What is added to the attention's weights: (weight, sites) per expert (METHOD 1, ``attention_deltas``)."""
-    held = [{s: v.sites[s] for s in ATTENTION if s in v.sites} for v in vectors.values()]
-    check_policy(router.config, {site: None for sites in held for site in sites})
-    if not any(held) or router.config.attention_deltas == "drop":
-        return []
+def _attention(router: Router, vectors: Mapping[str, TaskVector], layers: int) -> Merger | None:
+    """What is added to the attention's weights (METHOD 1, ``attention_deltas``)."""
+    held = {n: TaskVector({s: v.sites[s] for s in ATTENTION if s in v.sites}) for n, v in vectors.items()}
+    check_policy(router.config, {site: None for vector in held.values() for site in vector.sites})
+    if not any(vector.sites for vector in held.values()) or router.config.attention_deltas == "drop":
+        return None
     if router.config.attention_deltas == "route":
         raise UserError(
             "export: attention deltas that are routed (mocae.attention_deltas: route) cannot be exported; "
             "use drop or merge"
         )
     gamma = np.asarray(router.gamma, np.float32).tolist()
-    return [(weight, _numpy_sites(TaskVector(sites))) for weight, sites in zip(gamma, held, strict=True)]
-
-
-def _merged(
-    base: Source,
-    sample: Sample,
-    name: str,
-    place: hf.Place,
-    factors: list[tuple[float, dict]],
-    dtype: np.dtype,
-    rows: slice,
-) -> np.ndarray:
-    """Rows of one tensor of the base in Hugging Face's layout, with the deltas that fall on it."""
-    site = place.path[1] if place.path[0] == "blocks" and place.path[-1] == "kernel" else None
-    with np.errstate(over="ignore"):  # what comes of it is checked below
-        deltas = [(w * sites[site]["scale"][place.layer], sites[site]) for w, sites in factors if site in sites]
-    deltas = [(scale, leaf) for scale, leaf in deltas if scale != 0]
-    value = contiguous(base.read(name, dtype if not deltas else None, rows))
-    sample.add_rows(place, rows, value)
-    if not deltas:
-        return value
-    scaled = [
-        (np.float32(scale) * leaf["b"][place.layer][:, rows].T, leaf["a"][place.layer].T) for scale, leaf in deltas
-    ]
-    out = np.empty(value.shape, dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, value.shape[0], MERGED_ROWS):  # blocks that stay in cache
-            block = slice(start, start + MERGED_ROWS)
-            out[block] = (value[block].astype(np.float32) + sum(b[block] @ a for b, a in scaled)).astype(dtype)
-    if not finite(out):
-        raise UserError(f"export: {name} plus the task vectors is not finite in {dtype}; choose smaller weights")
-    return out
+    return Merger(held, layers, weights=dict(zip(held, gamma, strict=True)))
 
 
 def _expert_tensors(vectors: Mapping[str, TaskVector], layers: int) -> dict[str, Stored]:

@@ -109,11 +109,11 @@ class TaskVector:
             site = _unit_scale(site)
             q_a, r_a = jnp.linalg.qr(site["a"])
             q_b, r_b = jnp.linalg.qr(jnp.swapaxes(site["b"], -1, -2))
-            u, s, vt = jnp.linalg.svd(_product(r_a, jnp.swapaxes(r_b, -1, -2)), full_matrices=False)
+            u, s, vt = jnp.linalg.svd(product(r_a, jnp.swapaxes(r_b, -1, -2)), full_matrices=False)
             root = jnp.sqrt(s[:, :rank])
             return {
-                "a": _product(q_a, u[..., :rank]) * root[:, None, :],
-                "b": root[:, :, None] * _product(vt[:, :rank], jnp.swapaxes(q_b, -1, -2)),
+                "a": product(q_a, u[..., :rank]) * root[:, None, :],
+                "b": root[:, :, None] * product(vt[:, :rank], jnp.swapaxes(q_b, -1, -2)),
                 "scale": site["scale"],
             }
 
@@ -122,13 +122,13 @@ class TaskVector:
     def dense(self, site: str) -> jax.Array:
         """The delta of one site [L,in,out]; memory grows with the layer's weights."""
         x = self.sites[site]
-        return x["scale"][:, None, None] * _product(x["a"], x["b"])
+        return x["scale"][:, None, None] * product(x["a"], x["b"])
 
     def _map(self, function: Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]) -> TaskVector:
         return TaskVector({site: function(x) for site, x in self.sites.items()})
 
 
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
     """x @ y in full float32 on every platform (a TPU's default would round the factors to bfloat16)."""
     return jnp.matmul(x, y, precision="highest")
 

@@ -1,0 +1,50 @@
+"""What commands share."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from trinityx_jax.errors import UserError
+
+OK = 0
+
+
+def show(renderable: Any) -> None:
+    """Print a table, as wide as the terminal or 120 columns."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(renderable)
+
+
+def parse_weights(text: str, flag: str = "--weights") -> dict[str, float]:
+    """``helpful=0.6,honest=0.4``.
+
+    Raises:
+        UserError: a part is not NAME=NUMBER, a name stands twice, or a number is not of reasonable size.
+    """
+    out = {}
+    for name, values in parse_block_weights(text, flag).items():
+        if isinstance(values, list):
+            raise UserError(f"{flag}: what {name!r} gets is one number here, not one for each block of layers")
+        out[name] = values
+    return out
+
+
+def parse_block_weights(text: str, flag: str = "--weights") -> dict[str, float | list[float]]:
+    """The same, where a number may be several for as many blocks of layers: ``helpful=0.2:0.6,honest=1``."""
+    out: dict[str, float | list[float]] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.rpartition("="))
+        if name in out:
+            raise UserError(f"{flag}: {name!r} stands twice")
+        try:
+            numbers = [float(number) for number in value.split(":")]
+        except ValueError:
+            raise UserError(f"{flag}: {part!r} is not NAME=NUMBER") from None
+        if not name:
+            raise UserError(f"{flag}: {part!r} is not NAME=NUMBER")
+        if not all(abs(number) < 1e30 for number in numbers):
+            raise UserError(f"{flag}: {part!r} is not a finite number of reasonable size")
+        out[name] = numbers[0] if len(numbers) == 1 else numbers
+    return out
