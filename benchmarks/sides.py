@@ -23,27 +23,24 @@ def ours(job: dict[str, Any], alone: bool = False) -> tuple[dict[str, Any], Work
     from trinityx_jax.data.templates import Encoded
     from trinityx_jax.experts import init_expert, stack
     from trinityx_jax.training.optimizer import make_optimizer
-    from trinityx_jax.training.step import TrainState, expert_step, trained_experts
+    from trinityx_jax.training.state import expert_state
+    from trinityx_jax.training.step import expert_step, trained_experts
 
     config, base = _base(job)
     base = packed(base)
-
     train = TrainConfig(learning_rate=job["learning_rate"], clip=job["clip"], warmup=0.0)
     names = [f"expert{i}" for i in range(job["experts"])]
     groups = [[n] for n in names] if alone else [names]
-    optimizer = make_optimizer(train, 10_000, per_expert=True)
-    update = jax.jit(
-        expert_step(config, optimizer, dtype=activations(job["dtype"]), dropout=job["dropout"], remat="kept"),
-        donate_argnums=0,
-    )
+    optimizer = make_optimizer(train)
+    step = expert_step(config, optimizer, train, dtype=activations(job["dtype"]), dropout=job["dropout"])
+    update = jax.jit(step, donate_argnums=0, static_argnames="active")
     data = np.load(job["batches"])
     rows = [Encoded(t[:n], int(p)) for t, n, p in zip(data["tokens"], data["lengths"], data["prompts"], strict=True)]
     length, per = data["tokens"].shape[1], job["rows"]
     states, experts, batches = [], [], []
     for index, group in enumerate(groups):
         vectors = stack([init_expert(config, job["rank"], job["alpha"], ("gate", "up", "down"), 0, n) for n in group])
-        trained = jax.tree.map(jnp.copy, trained_experts(vectors))
-        states.append(TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), jnp.zeros(())))
+        states.append(expert_state(jax.tree.map(jnp.copy, trained_experts(vectors)), optimizer, keep_best=False))
         experts.append(vectors)
         size = per * len(group)
         own = []
@@ -58,8 +55,9 @@ def ours(job: dict[str, Any], alone: bool = False) -> tuple[dict[str, Any], Work
     def work() -> dict[str, Any]:
         number, losses = next(turn) % job["count"], []
         for g, group in enumerate(groups):
-            own = keys[g : g + len(group)] if alone else keys
-            states[g], metrics = update(states[g], base, experts[g], own, batches[g][number])
+            own, active = (keys[g : g + 1], (0,)) if alone else (keys, tuple(range(len(group))))
+            totals = jnp.full((len(group),), 10_000)
+            states[g], metrics = update(states[g], base, experts[g], own, totals, batches[g][number], active=active)
             losses.append(metrics["loss"])
         return {"loss": float(jnp.concatenate(losses).mean())}
 

@@ -88,20 +88,22 @@ def convert(
 def train_experts(config: Positional[str], overrides: Suppress[Sequence[str]] = ()) -> int:
     """Stage 1: train each expert on its own rows. Any key can be overridden: --train.steps 20.
 
+    Experts that are done stay as they are; --train.experts [NAME] trains some anew.
+
     Args:
         config: YAML file (see configs/).
     """
     from trinityx_jax.config import load_config
     from trinityx_jax.convert.load import load_backbone
     from trinityx_jax.runs import RunFolder
-    from trinityx_jax.training import stages
+    from trinityx_jax.training import expert_stage
 
     settings = load_config(config, overrides, "experts")
     run = RunFolder(settings.out)
-    if run.check_settings("experts", stages.settings(settings)):
+    if not expert_stage.pending(settings):
         print(f"{run.path / 'experts'}: done before")
         return OK
-    vectors = stages.train_experts(settings, load_backbone(settings.model, settings.dtype))
+    vectors = expert_stage.train_experts(settings, load_backbone(settings.model, settings.dtype))
     for name in vectors:
         print(f"wrote {run.path / 'experts' / name}")
     return OK
@@ -116,17 +118,17 @@ def train_router(config: Positional[str], overrides: Suppress[Sequence[str]] = (
     from trinityx_jax.config import load_config
     from trinityx_jax.convert.load import load_backbone
     from trinityx_jax.runs import RunFolder, load_experts
-    from trinityx_jax.training import stages
+    from trinityx_jax.training import router_stage
 
     settings = load_config(config, overrides, "router")
     run = RunFolder(settings.out)
-    if run.check_settings("router", stages.settings(settings)):
+    if run.check_settings("router", router_stage.router_settings(settings)):
         print(f"{run.path / 'router'}: done before")
         return OK
     source = settings.experts.source or settings.out
     backbone = load_backbone(settings.model, settings.dtype)
     vectors = load_experts(source, backbone.fingerprint, backbone.config)
-    router = stages.train_router(settings, backbone, vectors)
+    router = router_stage.train_router(settings, backbone, vectors)
     print(f"wrote {run.path / 'router'}: temperature {float(router.temperature):.3f}")
     return OK
 

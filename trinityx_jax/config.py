@@ -118,7 +118,14 @@ class DataConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """``steps`` wins over ``epochs``; ``batch_size`` is rows per expert and step, over all hosts."""
+    """``steps`` wins over ``epochs``; ``batch_size`` is rows per expert and step, over all hosts.
+
+    ``accumulate`` serves a step's rows in so many parts, with the same result and less memory. ``packing`` puts
+    several rows into one of ``seq_len`` tokens. ``evaluate_every`` measures the loss on ``data.NAME.validation``;
+    with ``patience``, an expert stops after so many measurements without a new lowest, and keeps its best.
+    ``experts`` names those to train anew. ``max_skipped``: steps in a row with a loss or gradient that is not
+    finite, each of which changes nothing, until the run stops.
+    """
 
     steps: int | None = Field(default=None, ge=1)
     epochs: float = Field(default=3.0, gt=0)
@@ -128,8 +135,24 @@ class TrainConfig(_Section):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
+    accumulate: int = Field(default=1, ge=1)
+    packing: bool = False
+    evaluate_every: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    max_skipped: int = Field(default=10, ge=1)
     mode: Literal["joint", "single"] = "joint"
+    experts: list[str] | None = None
     remat: Literal["none", "kept", "all"] = "kept"
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate: {self.accumulate} parts do not divide batch_size {self.batch_size}")
+        if self.patience is not None and self.evaluate_every is None:
+            raise ValueError("patience: evaluate_every is needed, nothing is measured without it")
+        if self.experts is not None and not self.experts:
+            raise ValueError("experts: names no expert")
+        return self
 
 
 class CheckpointConfig(_Section):
@@ -184,6 +207,12 @@ class RunConfig(_Section):
             for part in data.mix or ():
                 if part not in self.data or self.data[part].mix is not None:
                     raise ValueError(f"data.{name}.mix: {part!r} is not an entry of data with rows of its own")
+        for name in self.train.experts or ():
+            if name not in names:
+                raise ValueError(f"train.experts: {name!r} is not in experts.names")
+        without = [part for name in names for part in self.parts(name) if not self.data[part].validation]
+        if self.train.evaluate_every is not None and without:
+            raise ValueError(f"train.evaluate_every: data.{without[0]}.validation is needed, a share to measure on")
         return self
 
     def parts(self, name: str) -> dict[str, DataConfig]:
@@ -199,7 +228,10 @@ class RunConfig(_Section):
 # Keys that a stage does not use: setting one there is an error, and they are not saved with it.
 UNUSED: dict[str, dict[str, Any]] = {
     "experts": {"experts": {"source"}, "mocae": True},
-    "router": {"experts": {"rank", "alpha", "dropout", "sites"}, "train": {"mode"}},
+    "router": {
+        "experts": {"rank", "alpha", "dropout", "sites"},
+        "train": {"mode", "experts", "accumulate", "packing", "patience"},
+    },
 }
 
 

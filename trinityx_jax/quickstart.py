@@ -24,8 +24,8 @@ from trinityx_jax.exports import facts_of
 from trinityx_jax.files import write_json
 from trinityx_jax.mocae import Router
 from trinityx_jax.runs import RunFolder, load_experts, load_router
-from trinityx_jax.training.stages import settings as stage_settings
-from trinityx_jax.training.stages import train_experts, train_router
+from trinityx_jax.training.expert_stage import pending, train_experts
+from trinityx_jax.training.router_stage import router_settings, train_router
 
 EXPERT_STEPS, ROUTER_STEPS = 50, 40
 
@@ -95,11 +95,11 @@ class Quickstart:
         found = self.run.info()["base"]["model"]
         if found != self.model:
             raise UserError(f"{self.run.path}: holds a run on {found}; choose another --out")
-        for stage, config in (("experts", self.experts_config), ("router", self.router_config)):
-            self.run.check_settings(stage, stage_settings(config))
+        pending(self.experts_config)
+        self.run.check_settings("router", router_settings(self.router_config))
 
     def train_experts(self) -> None:
-        if self.run.done("experts") is None:
+        if pending(self.experts_config):
             train_experts(self.experts_config, self.backbone)
 
     def train_router(self) -> None:

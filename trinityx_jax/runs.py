@@ -91,27 +91,38 @@ class RunFolder:
         info["stages"][stage] = facts
         write_json(self.info_path, info)
 
+    def changed(self, stage: str, settings: Mapping[str, Any]) -> str | None:
+        """The first setting that differs from what ``stage`` was begun with; None where none does."""
+        begun = self.info()["settings"].get(stage) if self.info_path.exists() else None
+        if begun is None:
+            return None
+        now = json.loads(json.dumps(settings))
+        return next((key for key in {**now, **begun} if begun.get(key) != now.get(key)), None)
+
     def check_settings(self, stage: str, settings: Mapping[str, Any]) -> bool:
         """Whether ``stage`` is done.
 
         Raises:
             UserError: the stage was begun with other settings, which are not mixed with these.
         """
-        if not self.info_path.exists():
-            return False
-        begun = self.info()["settings"].get(stage, settings)
-        for key, value in json.loads(json.dumps(settings)).items():
-            if begun.get(key) != value:
-                raise UserError(
-                    f"{self.path}: stage {stage!r} was begun with other settings ({key}); choose another --out"
-                )
+        key = self.changed(stage, settings)
+        if key is not None:
+            raise UserError(f"{self.path}: stage {stage!r} was begun with other settings ({key}); choose another --out")
         return self.done(stage) is not None
 
-    def begin(self, stage: str, settings: Mapping[str, Any]) -> None:
-        """Record a stage's settings before its first step; raises as ``check_settings``."""
-        self.check_settings(stage, settings)
+    def begin(self, stage: str, settings: Mapping[str, Any], anew: bool = False) -> None:
+        """Record a stage's settings before its first step; raises as ``check_settings`` unless ``anew``."""
+        if not anew:
+            self.check_settings(stage, settings)
         info = self.info()
         info["settings"][stage] = dict(settings)
+        write_json(self.info_path, info)
+
+    def forget(self, stage: str) -> None:
+        """Drop what is recorded of a stage: it is to be run again."""
+        info = self.info()
+        for part in ("settings", "stages"):
+            info[part].pop(stage, None)
         write_json(self.info_path, info)
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def test_batch_k_of_a_seed_is_the_same_however_one_gets_there() -> None:
 
 def test_every_epoch_serves_every_row_once_and_is_shuffled_anew() -> None:
     batches = TrainingBatches(ROWS, 4, EOS, seed=0)
-    assert batches.steps_per_epoch == 4  # ceil(13 / 4)
+    assert batches.orders["helpful"].steps(1) == 4  # ceil(13 / 4)
     for place, (name, rows) in enumerate(ROWS.items()):
         steps = -(-len(rows) // 4)
         epochs = []
@@ -71,13 +71,15 @@ def test_every_epoch_serves_every_row_once_and_is_shuffled_anew() -> None:
 
 def test_the_order_depends_on_seed_and_name_and_an_objective_keeps_its_own_beside_others() -> None:
     def order(seed: int, name: str) -> list[int]:
-        return np.concatenate([RowOrder([5] * 40, 4, seed, name).rows(k) for k in range(10)]).tolist()
+        return np.concatenate([np.concatenate(RowOrder([5] * 40, 4, seed, name).slots(k)) for k in range(10)]).tolist()
 
     assert order(0, "helpful") == order(0, "helpful")
     assert sorted(order(0, "helpful")) == list(range(40))
     assert len({tuple(order(s, n)) for s in (0, 1) for n in ("helpful", "honest")}) == 4
     plan = RowOrder([5] * 40, 4, 0, "helpful")
-    first, second = ({frozenset(plan.rows(10 * epoch + k).tolist()) for k in range(10)} for epoch in range(2))
+    first, second = (
+        {frozenset(np.concatenate(plan.slots(10 * epoch + k)).tolist()) for k in range(10)} for epoch in range(2)
+    )
     assert not first & second  # rows meet other rows in every epoch
     alone = TrainingBatches({"honest": ROWS["honest"]}, 2, EOS, seed=1)
     beside = TrainingBatches(ROWS, 2, EOS, seed=1)

@@ -16,7 +16,7 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.experts import ATTENTION, FEED_FORWARD, TaskVector, gamma, merge, stack
 from trinityx_jax.experts.lora import site_shape
 from trinityx_jax.generation.decode import generate_ids
-from trinityx_jax.training.step import expert_loss, trained_experts
+from trinityx_jax.training.step import expert_gradients, trained_experts
 
 CONFIG = BackboneConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6,
@@ -149,10 +149,7 @@ def test_stage_1_trains_them(backbone: Backbone, vectors: dict[str, TaskVector])
         "labels": jnp.asarray(labels), "valid": jnp.ones(12, bool),
     }  # fmt: skip
 
-    def loss(trained: Any) -> Any:
-        return expert_loss(trained, backbone.params, experts, CONFIG, batch)
-
-    gradient, means = jax.grad(loss, has_aux=True)(trained_experts(experts))
+    means, gradient = expert_gradients(trained_experts(experts), backbone.params, experts, CONFIG, batch, None)
     for row, name in enumerate(NAMES):
         logits = tx.forward(backbone, tokens[row : row + 1], experts=vectors, weights={name: 1.0})[0]
         alone = -jax.nn.log_softmax(logits[0, 3:7])[jnp.arange(4), tokens[row, 4:8]].mean()

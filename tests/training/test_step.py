@@ -17,16 +17,16 @@ import pytest
 from trinityx_jax.backbone import BackboneConfig, unembed
 from trinityx_jax.backbone.model import abstract_params
 from trinityx_jax.config import TrainConfig
-from trinityx_jax.data.batching import Batch, make_batch
+from trinityx_jax.data.batching import Batch, TrainingBatches, make_batch
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.experts import FEED_FORWARD, init_expert, stack, unstack
 from trinityx_jax.mocae import Router, hidden_states, init_router, preset, token_routing
 from trinityx_jax.training import loss as loss_module
-from trinityx_jax.training.loss import mean_by_group, supervised_nll
-from trinityx_jax.training.optimizer import clip_per_expert, expert_norms, make_optimizer
+from trinityx_jax.training.loss import sum_by_group, supervised_nll
+from trinityx_jax.training.optimizer import expert_norms, learning_rate, make_optimizer
+from trinityx_jax.training.state import expert_state, guarded, router_state, update_experts
 from trinityx_jax.training.step import (
-    TrainState,
-    expert_loss,
+    expert_gradients,
     expert_step,
     router_step,
     trained_experts,
@@ -39,7 +39,7 @@ CONFIG = BackboneConfig(
     vocab_size=VOCAB, hidden_size=8, intermediate_size=12, num_layers=LAYERS, num_heads=2, num_kv_heads=1, head_dim=4,
     rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=64,
 )  # fmt: skip
-TRAIN = TrainConfig(steps=10, learning_rate=1e-2, warmup=0.0)
+TRAIN = TrainConfig(steps=10, learning_rate=1e-2, warmup=0.0, remat="none")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,8 +110,23 @@ def moments(opt_state: Any) -> tuple[Any, Any]:
     return adam[0].mu, adam[0].nu
 
 
-def start(trained: Any, optimizer: Any, previous: Any = 0.0) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), jnp.asarray(previous, jnp.float32))
+def new_step(optimizer: Any = None, train: TrainConfig = TRAIN, dropout: float = 0.0) -> Any:
+    """Stage 1's step with every expert active and 10 steps each."""
+    optimizer = optimizer or make_optimizer(train)
+    update = jax.jit(
+        expert_step(CONFIG, optimizer, train, dtype=jnp.float32, dropout=dropout), static_argnames="active"
+    )
+
+    def run(state: Any, base: Any, experts: Any, keys: Any, batch: Any, active: Any = None, totals: Any = None) -> Any:
+        count = len(keys)
+        totals = jnp.full((count,), 10) if totals is None else jnp.asarray(totals)
+        return update(state, base, experts, keys, totals, batch, active=active or tuple(range(count)))
+
+    return run
+
+
+def start(trained: Any, train: TrainConfig = TRAIN) -> Any:
+    return expert_state(trained, make_optimizer(train), keep_best=False)
 
 
 # ---- the loss ----------------------------------------------------------------------------------
@@ -143,8 +158,8 @@ def test_supervised_nll_is_the_plain_cross_entropy_of_the_answers(
 
     def ours(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         nll = supervised_nll(base, config, hidden, BATCH["where"], BATCH["labels"])
-        mean, _ = mean_by_group(nll, BATCH["valid"], jnp.zeros_like(BATCH["where"]), 1)
-        return mean[0], nll
+        sums = sum_by_group(nll, BATCH["valid"], jnp.zeros_like(BATCH["where"]), 1)
+        return sums[0] / count, nll
 
     (value, nll), slope = jax.jit(jax.value_and_grad(ours, has_aux=True))(hidden)
     assert nll.shape == BATCH["where"].shape
@@ -162,7 +177,7 @@ def losses_of() -> Callable[..., np.ndarray]:
 
     @jax.jit
     def run(batch: Any) -> jax.Array:
-        return expert_loss(trained_experts(experts), BASE, experts, CONFIG, batch)[1]
+        return expert_gradients(trained_experts(experts), BASE, experts, CONFIG, batch, None)[0]
 
     return lambda batch: np.asarray(run(batch))
 
@@ -209,7 +224,7 @@ def test_means_are_by_tokens_so_that_parts_add_up(losses_of: Callable[..., np.nd
 
 @pytest.fixture(scope="module")
 def step() -> Any:
-    return jax.jit(expert_step(CONFIG, make_optimizer(TRAIN, 10, True), dtype=jnp.float32, dropout=0.0, remat="none"))
+    return new_step()
 
 
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -217,7 +232,7 @@ KEYS = jax.random.split(jax.random.key(0), 3)
 
 def test_stage_1_trains_a_and_b_of_every_expert_and_nothing_else(step: Any) -> None:
     experts, before = new_experts(), jax.tree.map(np.array, BASE)
-    state = start(trained_experts(experts), make_optimizer(TRAIN, 10, True))
+    state = start(trained_experts(experts))
     leaves = {f"['{s}']['{k}']" for s in FEED_FORWARD for k in ("a", "b")}
     assert paths(state.params) == leaves
     assert all(paths(m) == leaves for m in moments(state.opt_state))
@@ -237,7 +252,7 @@ def test_stage_1_trains_a_and_b_of_every_expert_and_nothing_else(step: Any) -> N
 
 def test_a_fresh_expert_learns_b_first(step: Any) -> None:
     experts = stack([init_expert(CONFIG, 2, 4.0, FEED_FORWARD, 0, n) for n in NAMES])
-    state = start(trained_experts(experts), make_optimizer(TRAIN, 10, True))
+    state = start(trained_experts(experts))
     after, _ = step(state, BASE, experts, KEYS, BATCH)
     for site in FEED_FORWARD:
         np.testing.assert_array_equal(after.params[site]["a"], experts[site]["a"])
@@ -250,7 +265,7 @@ def test_an_expert_trained_among_others_is_the_one_trained_alone(step: Any) -> N
     def train(own: slice, update: Any) -> Any:
         names = NAMES[own]
         experts = new_experts(names)
-        state = start(trained_experts(experts), make_optimizer(TRAIN, 10, True))
+        state = start(trained_experts(experts))
         for rows in batches:
             picked = rows[2 * own.start : 2 * own.stop]
             state, _ = update(state, BASE, experts, KEYS[own], as_batch(picked))
@@ -258,7 +273,7 @@ def test_an_expert_trained_among_others_is_the_one_trained_alone(step: Any) -> N
 
     together = train(slice(0, 3), step)
     begun = unstack(new_experts())
-    alone = jax.jit(expert_step(CONFIG, make_optimizer(TRAIN, 10, True), dtype=jnp.float32, dropout=0.0, remat="none"))
+    alone = new_step()
     for e in range(3):
         (single,) = train(slice(e, e + 1), alone)
         for site in FEED_FORWARD:
@@ -267,36 +282,107 @@ def test_an_expert_trained_among_others_is_the_one_trained_alone(step: Any) -> N
                 assert np.max(np.abs(single.sites[site][k] - begun[e].sites[site][k])) > 1e-3
 
 
-def test_an_expert_with_a_huge_gradient_leaves_the_others_updates_alone() -> None:
-    draw = np.random.default_rng(3)
+def test_an_expert_with_a_huge_or_broken_gradient_leaves_the_others_alone() -> None:
+    draw, optimizer = np.random.default_rng(3), make_optimizer(TRAIN)
     trained = {"up": trained_experts(new_experts())["up"]}
     usual = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape) * 0.02, jnp.float32), trained)
     assert np.all(np.asarray(expert_norms(usual)) < 1)
-    huge = jax.tree.map(lambda g: g.at[:, 1].multiply(1e6), usual)
-    clip = clip_per_expert(1.0)
-    clipped, _ = clip.update(huge, clip.init(trained))
-    np.testing.assert_allclose(expert_norms(clipped)[1], 1.0, rtol=1e-5)
 
-    def updates(grads: Any, optimizer: Any) -> Any:
-        state = optimizer.init(trained)
-        _, state = optimizer.update(usual, state, trained)
-        return optimizer.update(grads, state, trained)[0]
+    @jax.jit
+    def one(state: Any, grads: Any, losses: Any) -> Any:
+        return update_experts(TRAIN, optimizer, state, grads, losses, jnp.full((3,), 10), (0, 1, 2))
 
-    def others(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x[:, ::2], tree)
+    once = one(expert_state(trained, optimizer, keep_best=False), usual, jnp.ones(3))
 
-    ours = make_optimizer(TRAIN, 10, per_expert=True)
-    assert same(others(updates(huge, ours)), others(updates(usual, ours)))
-    whole = make_optimizer(TRAIN, 10, per_expert=False)  # one norm for all would not do
-    assert not same(others(updates(huge, whole)), others(updates(usual, whole)))
+    def of(tree: Any, e: Any) -> Any:
+        return jax.tree.map(lambda x: x[:, e], tree)
+
+    fine = one(once, usual, jnp.ones(3))
+    large = jax.tree.map(lambda g: g.at[:, 1].multiply(1e6), usual)
+    huge = one(once, large, jnp.ones(3))
+    assert same(of(huge.params, [0, 2]), of(fine.params, [0, 2]))  # one norm for all would have shrunk theirs
+    mu = of(moments(huge.opt_state)[0], 1)
+    unit = jax.tree.map(lambda g: g[:, 1] / expert_norms(usual)[1], usual)
+    first = of(moments(once.opt_state)[0], 1)
+    jax.tree.map(lambda m, g, f: np.testing.assert_allclose(m, 0.9 * f + 0.1 * g, rtol=1e-4), mu, unit, first)
+    for grads, losses in (
+        (jax.tree.map(lambda g: g.at[0, 1, 0, 0].set(jnp.nan), usual), jnp.ones(3)),
+        (usual, jnp.asarray([1.0, jnp.inf, 1.0])),
+    ):
+        broken = one(once, grads, losses)
+        assert same(of(broken.params, [0, 2]), of(fine.params, [0, 2]))
+        for found, kept in ((broken.params, once.params), (moments(broken.opt_state), moments(once.opt_state))):
+            assert same(of(found, 1), of(kept, 1))
+        assert broken.skipped.tolist() == broken.streak.tolist() == [0, 1, 0]
+        assert int(broken.step) == 2
+
+
+def test_the_learning_rate_is_optax_s_warm_up_and_cosine() -> None:
+    for warmup, total in ((0.25, 40), (0.0, 7), (0.9, 3)):
+        train = TrainConfig(learning_rate=3e-3, warmup=warmup)
+        steps = min(round(warmup * total), total - 1)
+        peer = optax.warmup_cosine_decay_schedule(3e-3 / (steps + 1), 3e-3, steps, total, 3e-4)
+        ours = [float(learning_rate(train, jnp.asarray(i), total)) for i in range(total)]
+        np.testing.assert_allclose(ours, [float(peer(i)) for i in range(total)], rtol=1e-5)
+        assert ours[0] > 0
+
+
+def test_one_expert_s_update_is_optax_s_clipped_adamw_and_only_weights_decay() -> None:
+    train = TrainConfig(learning_rate=1e-2, warmup=0.0, weight_decay=0.3, clip=0.5)
+    draw = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(draw.normal(size=(2, 3, 4)), jnp.float32), "bias": jnp.ones((2, 4))}
+    peer = optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.adamw(lambda step: learning_rate(train, step, 5), weight_decay=0.3, mask={"kernel": True, "bias": False}),
+    )
+    ours, theirs, other, optimizer = params, params, peer.init(params), make_optimizer(train)
+    own = optimizer.init(params)
+    for step in range(3):
+        grads = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), jnp.float32), params)
+        ours, own, _ = guarded(train, optimizer, ours, own, grads, jnp.ones(()), jnp.asarray(step), 5)
+        updates, other = peer.update(grads, other, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), ours, theirs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_step_in_parts_is_the_step_in_one(dropout: float) -> None:
+    """Accumulation is exact by tokens, whatever the parts hold, dropout's masks included."""
+    rows = {n: [row(9 * i + k, 2 + k, (k * (i + 2)) % 7 + 1) for k in range(4)] for i, n in enumerate(NAMES)}
+    experts = new_experts()
+    found = []
+    for parts in (1, 2, 4):
+        batch = TrainingBatches(rows, 4, 0, seed=0, accumulate=parts)[0].arrays()
+        assert batch["tokens"].ndim == (2 if parts == 1 else 3)
+        keys = KEYS if dropout else None
+        found.append(expert_gradients(trained_experts(experts), BASE, experts, CONFIG, batch, keys, dropout=dropout))
+    for other in found[1:]:
+        jax.tree.map(lambda x, y: near(x, y, 1e-5), other, found[0])
+
+
+def test_packed_rows_give_every_token_the_loss_it_has_alone() -> None:
+    experts = new_experts()
+    slots = [ROWS[0:2], ROWS[2:3], ROWS[3:5], [], [], ROWS[5:6]]  # two slots an expert
+    packed = make_batch(slots, [0, 0, 1, 1, 2, 2], 0, 32, packed=True).arrays()
+    assert packed["mask"].dtype == np.int32
+    assert packed["mask"].max() == 2
+    alone = [[ROWS[0], ROWS[1], ROWS[2]], [ROWS[3], ROWS[4], None], [ROWS[5], None, None]]
+    flat = as_batch([r for own in alone for r in own], per=3)
+
+    def run(batch: Any) -> Any:
+        return expert_gradients(trained_experts(experts), BASE, experts, CONFIG, batch, None)
+
+    ours, theirs = jax.jit(run)(packed), jax.jit(run)(flat)
+    jax.tree.map(lambda x, y: near(x, y, 1e-5), ours, theirs)
+    merged = {**packed, "mask": packed["mask"] > 0}  # without segments the second row sees the first
+    assert np.max(np.abs(jax.jit(run)(merged)[0] - theirs[0])) > 1e-3
 
 
 def test_dropout_is_each_experts_own_and_changes_with_the_step() -> None:
     experts, rows = new_experts(), [ROWS[0], ROWS[1]] * 3
-    optimizer = optax.sgd(0.0)
-    update = jax.jit(expert_step(CONFIG, optimizer, dtype=jnp.float32, dropout=0.5, remat="none"))
+    update = new_step(train=TRAIN.model_copy(update={"learning_rate": 0.0}), dropout=0.5)
     equal = {s: {k: jnp.broadcast_to(x[:, :1], x.shape) for k, x in leaf.items()} for s, leaf in experts.items()}
-    state = start(trained_experts(equal), optimizer)
+    state = start(trained_experts(equal))
     after, first = update(state, BASE, equal, KEYS, as_batch(rows))
     assert len(set(np.asarray(first["loss"]).tolist())) == 3
     _, second = update(after, BASE, equal, KEYS, as_batch(rows))
@@ -338,14 +424,14 @@ def mean_pi() -> np.ndarray:
     ],
 )  # fmt: skip
 def test_stage_2_trains_the_router_and_nothing_else(changes: dict[str, Any], leaves: set[str]) -> None:
-    router, experts, optimizer = new_router(**changes), new_experts(), make_optimizer(TRAIN, 10, False)
+    router, experts, optimizer = new_router(**changes), new_experts(), make_optimizer(TRAIN)
     expected = {f"['{p[1:].split('[')[0]}']" + ("[" + p.split("[")[1] if "[" in p else "") for p in leaves}
     previous = np.array([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
-    state = start(trained_router(router), optimizer, previous)
+    state = router_state(trained_router(router), optimizer, jnp.asarray(previous, jnp.float32))
     assert paths(state.params) == expected
     assert all(paths(m) == expected for m in moments(state.opt_state))
     frozen = jax.tree.map(np.array, (BASE, experts))
-    update = jax.jit(router_step(CONFIG, optimizer, dtype=jnp.float32, remat="none"))
+    update = jax.jit(router_step(CONFIG, optimizer, TRAIN, 10, dtype=jnp.float32))
     after, metrics = update(state, BASE, experts, router, jax.random.key(0), BATCH)
     assert same((BASE, experts), frozen)
     new = router.replace(**after.params)

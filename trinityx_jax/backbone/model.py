@@ -151,7 +151,7 @@ class Decoder(nn.Module):
     def __call__(
         self,
         tokens: jax.Array,  # [B,S]
-        mask: jax.Array,  # [B,S]
+        mask: jax.Array,  # [B,S] bool, or integers: 0 at padding, 1, 2, ... in sequences packed into a row
         inputs: Any = None,  # pytree of [L,...], one slice a layer for the feed-forward
         cache: Cache | None = None,
         handed: Any = None,  # what the first layer is handed down (see Block)
@@ -197,6 +197,9 @@ class _Embedding(nn.Module):
 def _attention_inputs(config: BackboneConfig, mask: jax.Array, cache: Cache | None) -> tuple[dict, dict]:
     """What every layer shares (rotary tables, the [B,S,T] mask) and what it gets a slice of."""
     length = mask.shape[1]
+    segments = None if mask.dtype == bool else mask
+    if segments is not None and cache is not None:
+        raise ValueError("a cache holds one sequence a row, not packed ones")
     mask = mask.astype(bool)
     if cache is None:
         seen, before = mask, jnp.zeros((), jnp.int32)
@@ -208,6 +211,9 @@ def _attention_inputs(config: BackboneConfig, mask: jax.Array, cache: Cache | No
     position = jax.lax.dynamic_slice_in_dim(position, before, length, axis=1)
     query, key = before + jnp.arange(length), jnp.arange(seen.shape[1])
     allowed = seen[:, None, :] & (key[None, :] <= query[:, None])[None]
+    if segments is not None:
+        position = jnp.arange(length) - _starts(segments)
+        allowed = allowed & (segments[:, None, :] == segments[:, :, None])
     rotary = layers.rotary_tables(position, config.head_dim, config.rope_theta, config.rope_scaling)
     shared = {"rotary": rotary, "mask": allowed, "slot": before}
     layer: dict[str, Any] = {} if cache is None else {"cache": (cache.keys, cache.values)}
@@ -216,6 +222,12 @@ def _attention_inputs(config: BackboneConfig, mask: jax.Array, cache: Cache | No
         layer["window"] = jnp.asarray(windows, jnp.int32)
         shared["distance"] = query[:, None] - key[None, :]
     return shared, layer
+
+
+def _starts(segments: jax.Array) -> jax.Array:
+    """Where the segment that each position belongs to begins [B,S]."""
+    first = jnp.diff(segments, axis=1, prepend=0) != 0
+    return jax.lax.cummax(jnp.where(first, jnp.arange(segments.shape[1]), 0), axis=1)
 
 
 def unembed(params: Params, config: BackboneConfig, hidden: jax.Array) -> jax.Array:

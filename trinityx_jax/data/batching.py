@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -14,6 +16,9 @@ from trinityx_jax.errors import UserError
 
 MULTIPLE = 32  # batch lengths are rounded up to this, so that few shapes are compiled
 TARGET_PARTS = 4  # supervised positions are rounded up to quarters of the batch, likewise
+WINDOW = 8  # batches whose rows are sorted by length
+PREFETCH = 4  # batches made ahead
+Slot = Sequence[Encoded]  # what stands in one row of a batch: nothing, one row of data, or several packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +26,12 @@ class Batch:
     """Arrays of one batch: B rows, S positions, N supervised positions (padded; ``valid`` says which).
 
     ``where`` are flat indices row * S + t of the hidden state that predicts ``labels``; supervised
-    positions are chosen by place in the row, never by token id.
+    positions are chosen by place in the row, never by token id. Where gradients are accumulated, every
+    field has an axis of parts first.
     """
 
     tokens: np.ndarray  # [B,S] int32
-    mask: np.ndarray  # [B,S] bool
+    mask: np.ndarray  # [B,S] bool; of packed rows int32: 0 at padding, 1, 2, ... in each packed example
     where: np.ndarray  # [N] int32
     labels: np.ndarray  # [N] int32
     valid: np.ndarray  # [N] bool
@@ -38,7 +44,7 @@ class Batch:
     @property
     def token_count(self) -> int:
         """Real tokens, padding apart."""
-        return int(self.mask.sum())
+        return int((self.mask > 0).sum())
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -47,91 +53,172 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def make_batch(
-    rows: Sequence[Encoded | None], objective: Sequence[int], pad_id: int, length: int | None = None
+    rows: Sequence[Encoded | Slot | None],
+    objective: Sequence[int],
+    pad_id: int,
+    length: int | None = None,
+    packed: bool = False,
 ) -> Batch:
-    """Right-pad rows to one length. None is an empty row: no token, nothing learned."""
-    longest = max((len(r.ids) for r in rows if r is not None), default=1)
-    size = length or round_up(longest, MULTIPLE)
-    tokens = np.full((len(rows), size), pad_id, np.int32)
-    mask = np.zeros((len(rows), size), bool)
-    where: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    for index, row in enumerate(rows):
-        if row is None:
-            continue
-        count = len(row.ids)
-        tokens[index, :count] = row.ids
-        mask[index, :count] = True
-        where.append(index * size + np.arange(row.prompt_length - 1, count - 1))
-        labels.append(row.ids[row.prompt_length :])
-    flat = np.concatenate(where) if where else np.zeros(0, int)
+    """Right-pad rows to one length. None is an empty row: no token, nothing learned.
+
+    Args:
+        rows: an example each; with ``packed``, several to be put one after another.
+    """
+    slots: list[Slot] = [() if r is None else (r,) if isinstance(r, Encoded) else r for r in rows]
+    size = length or round_up(max((_tokens(slot) for slot in slots), default=0) or 1, MULTIPLE)
+    tokens = np.full((len(slots), size), pad_id, np.int32)
+    segments = np.zeros((len(slots), size), np.int32)
+    where: list[np.ndarray] = [np.zeros(0, int)]
+    labels: list[np.ndarray] = [np.zeros(0, np.int32)]
+    for index, slot in enumerate(slots):
+        start = 0
+        for number, row in enumerate(slot, 1):
+            end = start + len(row.ids)
+            tokens[index, start:end], segments[index, start:end] = row.ids, number
+            where.append(index * size + np.arange(start + row.prompt_length - 1, end - 1))
+            labels.append(row.ids[row.prompt_length :])
+            start = end
+    flat = np.concatenate(where)
     capacity = round_up(max(len(flat), 1), -(-tokens.size // TARGET_PARTS))
     out_where, out_labels, valid = np.zeros(capacity, np.int32), np.zeros(capacity, np.int32), np.zeros(capacity, bool)
-    out_where[: len(flat)] = flat
-    if where:
-        out_labels[: len(flat)] = np.concatenate(labels)
-    valid[: len(flat)] = True
+    out_where[: len(flat)], out_labels[: len(flat)], valid[: len(flat)] = flat, np.concatenate(labels), True
+    mask = segments if packed else segments > 0
     return Batch(tokens, mask, out_where, out_labels, valid, np.asarray(objective, np.int32))
 
 
+def _tokens(slot: Slot) -> int:
+    return sum(len(row.ids) for row in slot)
+
+
 class RowOrder:
-    """Which rows step k of one objective takes, for any k: shuffled anew each epoch, by name and seed.
+    """Which rows step k of one objective takes, for any k: planned anew each epoch, by name and seed.
 
     Rows of like length go together (a shuffle, then a sort within windows of 8 batches), so padding
-    stays small. Epochs do not straddle a batch; a short last batch is filled with empty rows.
+    stays small; or shuffled rows are packed, each into the slot that it fills best. Epochs do not straddle
+    a batch; a short last batch is filled with empty rows.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, name: str):
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, name: str, capacity: int | None = None):
         if not len(lengths):
             raise UserError(f"data {name!r}: the data set is empty")
         self.lengths = np.asarray(lengths)
-        self.batch_size = batch_size
+        self.batch_size, self.capacity = batch_size, capacity
         self.seed = zlib.crc32(f"{seed}/{name}".encode()) & 0x7FFFFFFF
-        self.batches_per_epoch = -(-len(self.lengths) // batch_size)
-        self._plans: dict[int, list[np.ndarray]] = {}
+        self._ends: list[int] = []  # steps by the end of each epoch
+        self._planned: tuple[int, list[list[np.ndarray]]] = (-1, [])
 
-    def rows(self, step: int) -> np.ndarray:
-        """Row indices of a step; fewer than ``batch_size`` at an epoch's end."""
-        epoch, index = divmod(step, self.batches_per_epoch)
-        if epoch not in self._plans:
-            self._plans = {epoch: self._plan(epoch)}
-        return self._plans[epoch][index]
+    def slots(self, step: int) -> list[np.ndarray]:
+        """Row indices of each slot of a step; fewer than ``batch_size`` slots at an epoch's end."""
+        while not self._ends or self._ends[-1] <= step:
+            self._plan(len(self._ends))
+        epoch = bisect.bisect_right(self._ends, step)
+        return self._plan(epoch)[step - (self._ends[epoch - 1] if epoch else 0)]
 
-    def _plan(self, epoch: int) -> list[np.ndarray]:
-        shuffled = grain.MapDataset.range(len(self.lengths)).shuffle(seed=(self.seed + epoch) & 0x7FFFFFFF)
-        order = np.asarray([shuffled[i] for i in range(len(self.lengths))])
-        window = 8 * self.batch_size
-        sorted_windows = [
-            part[np.argsort(self.lengths[part], kind="stable")]
-            for part in (order[i : i + window] for i in range(0, len(order), window))
-        ]
-        flat = np.concatenate(sorted_windows)
-        batches = [flat[i : i + self.batch_size] for i in range(0, len(flat), self.batch_size)]
-        generator = np.random.default_rng((self.seed, epoch))
-        return [batches[i] for i in generator.permutation(len(batches))]
+    def steps(self, epochs: float) -> int:
+        """Steps of so many epochs, at least one."""
+        whole = int(epochs)
+        for epoch in range(len(self._ends), whole + 1):
+            self._plan(epoch)
+        before = self._ends[whole - 1] if whole else 0
+        return max(1, before + round((epochs - whole) * (self._ends[whole] - before)))
+
+    def _plan(self, epoch: int) -> list[list[np.ndarray]]:
+        if self._planned[0] != epoch:
+            shuffled = grain.MapDataset.range(len(self.lengths)).shuffle(seed=(self.seed + epoch) & 0x7FFFFFFF)
+            order = np.asarray([shuffled[i] for i in range(len(self.lengths))])
+            slots = self._sorted(order) if self.capacity is None else self._packed(order, self.capacity)
+            batches = [slots[i : i + self.batch_size] for i in range(0, len(slots), self.batch_size)]
+            generator = np.random.default_rng((self.seed, epoch))
+            self._planned = (epoch, [batches[i] for i in generator.permutation(len(batches))])
+            if epoch == len(self._ends):
+                self._ends.append((self._ends[-1] if epoch else 0) + len(batches))
+        return self._planned[1]
+
+    def _sorted(self, order: np.ndarray) -> list[np.ndarray]:
+        window = WINDOW * self.batch_size
+        parts = (order[i : i + window] for i in range(0, len(order), window))
+        flat = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
+        return [flat[i : i + 1] for i in range(len(flat))]
+
+    def _packed(self, order: np.ndarray, capacity: int) -> list[np.ndarray]:
+        """Best fit: each row into the open slot that it leaves least room in, else into a new one."""
+        slots: list[list[int]] = []
+        room: list[tuple[int, int]] = []  # (room left, slot), sorted
+        for row in order.tolist():
+            length = int(self.lengths[row])
+            at = bisect.bisect_left(room, (length, -1))
+            left, slot = room.pop(at) if at < len(room) else (capacity, len(slots))
+            if slot == len(slots):
+                slots.append([])
+            slots[slot].append(row)
+            bisect.insort(room, (left - length, slot))
+        return [np.asarray(slot) for slot in slots]
 
 
 class TrainingBatches:
-    """Batch k: ``batch_size`` rows of every objective, grouped in the objectives' order."""
+    """Batch k: ``batch_size`` slots of every objective, grouped in the objectives' order.
 
-    def __init__(self, rows: dict[str, list[Encoded]], batch_size: int, pad_id: int, seed: int):
-        self.rows = rows
-        self.pad_id = pad_id
-        self.batch_size = batch_size
-        self.orders = {n: RowOrder([len(e.ids) for e in r], batch_size, seed, n) for n, r in rows.items()}
+    Args:
+        accumulate: parts that a batch is served in, each with its share of every objective's slots.
+        pack: tokens of a slot that several rows are packed into; None: a row each, lengths by bucket.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, list[Encoded]],
+        batch_size: int,
+        pad_id: int,
+        seed: int,
+        accumulate: int = 1,
+        pack: int | None = None,
+    ):
+        self.rows, self.pad_id, self.batch_size = dict(rows), pad_id, batch_size
+        self.accumulate, self.pack = accumulate, pack
+        self.orders = {
+            name: RowOrder([len(e.ids) for e in own], batch_size, seed, name, pack) for name, own in rows.items()
+        }
 
     def __getitem__(self, step: int) -> Batch:
-        picked: list[Encoded | None] = []
-        for name, order in self.orders.items():
-            own: list[Encoded | None] = [self.rows[name][i] for i in order.rows(step)]
-            picked += own + [None] * (self.batch_size - len(own))
-        objective = np.repeat(np.arange(len(self.rows)), self.batch_size)
-        return make_batch(picked, objective.tolist(), self.pad_id)
+        return self.batch(step, tuple(self.rows))
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps until the largest objective has been seen once."""
-        return max(order.batches_per_epoch for order in self.orders.values())
+    def batch(self, step: int, names: tuple[str, ...]) -> Batch:
+        """Batch ``step`` of some of the objectives; what one is served does not depend on the others."""
+        served = {name: self.slots(step, name) for name in names}
+        length = self.pack or round_up(max(_tokens(s) for own in served.values() for s in own) or 1, MULTIPLE)
+        index = {name: i for i, name in enumerate(self.rows)}
+        share = self.batch_size // self.accumulate
+        objective = [index[name] for name in names for _ in range(share)]
+        parts = [
+            make_batch(
+                [s for own in served.values() for s in own[k * share : (k + 1) * share]],
+                objective, self.pad_id, length, self.pack is not None,
+            )
+            for k in range(self.accumulate)
+        ]  # fmt: skip
+        return parts[0] if self.accumulate == 1 else _stacked(parts)
+
+    def slots(self, step: int, name: str) -> list[Slot]:
+        """What one objective is served in a step."""
+        found: list[Slot] = [[self.rows[name][i] for i in slot] for slot in self.orders[name].slots(step)]
+        return found + [()] * (self.batch_size - len(found))
+
+    def serve(self, start: int, stop: int, names: tuple[str, ...]) -> Iterator[Batch]:
+        """Batches ``start`` to ``stop`` in order, made ahead in a thread."""
+        if start >= stop:
+            return iter(())
+        steps = grain.MapDataset.range(stop).map(functools.partial(self.batch, names=names))[start:]
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)))
+
+
+def _stacked(parts: Sequence[Batch]) -> Batch:
+    """Batches of one shape with a new axis first; supervised positions are padded to the longest's."""
+    most = max(len(part.where) for part in parts)
+
+    def padded(name: str, value: np.ndarray) -> np.ndarray:
+        return np.pad(value, (0, most - len(value))) if name in ("where", "labels", "valid") else value
+
+    fields = parts[0].arrays()
+    return Batch(**{name: np.stack([padded(name, getattr(part, name)) for part in parts]) for name in fields})
 
 
 def evaluation_batches(
@@ -145,4 +232,16 @@ def evaluation_batches(
         blank = batch_size - len(index)
         chosen = [*(rows[i] for i in index), *([None] * blank)]
         out.append((index, make_batch(chosen, [*(objective[i] for i in index), *([0] * blank)], pad_id)))
+    return out
+
+
+def validation_batches(rows: Mapping[str, list[Encoded]], batch_size: int, pad_id: int) -> list[Batch]:
+    """Batches that cover every objective's rows once, grouped as in training, each objective sorted by length."""
+    ordered = {name: sorted(own, key=lambda e: len(e.ids)) for name, own in rows.items()}
+    objective = [index for index in range(len(rows)) for _ in range(batch_size)]
+    out = []
+    for start in range(0, max(map(len, ordered.values())), batch_size):
+        own = [part[start : start + batch_size] for part in ordered.values()]
+        picked = [row for part in own for row in [*part, *([None] * (batch_size - len(part)))]]
+        out.append(make_batch(picked, objective, pad_id))
     return out

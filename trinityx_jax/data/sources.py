@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from importlib import resources
 from pathlib import Path
 
@@ -33,10 +34,7 @@ def load_items(source: str, split: str = "train") -> list[Item]:
     if source.startswith(TFDS):
         items = _load_tfds(source, split)
     elif is_file(source):
-        path = Path(source)
-        if source.startswith("samples/") and not path.exists():
-            path = Path(str(resources.files("trinityx_jax").joinpath("data", source)))
-        items = _slice(list(read_file(path, source)), source, split)
+        items = _slice(list(read_file(_path(source), source)), source, split)
     elif Path(source).is_file():
         raise UserError(f"{source}: not a data file (expected {', '.join(SUFFIXES)}, or a hub id)")
     else:
@@ -44,6 +42,20 @@ def load_items(source: str, split: str = "train") -> list[Item]:
     if not items:
         raise UserError(f"{source}: the data set is empty" + (f" (split {split!r})" if "[" in split else ""))
     return items
+
+
+def _path(source: str) -> Path:
+    path = Path(source)
+    if source.startswith("samples/") and not path.exists():
+        path = Path(str(resources.files("trinityx_jax").joinpath("data", source)))
+    return path
+
+
+def digest(source: str | None) -> str | None:
+    """A digest of a local file's content; None of anything else, which is known by its name alone."""
+    if source is None or not is_file(source) or not _path(source).is_file():
+        return None
+    return f"{zlib.crc32(_path(source).read_bytes()):08x}"
 
 
 def is_file(source: str) -> bool:

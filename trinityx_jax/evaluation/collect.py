@@ -34,7 +34,7 @@ def collect(run: RunFolder) -> dict[str, Any]:
             m: {"train": a, "calibration": b, "test": tests.get(m, 0)} for m, (a, b) in facts["rows"].items()
         }
     out["settings"] = {
-        f"{stage}.{key}": value
+        f"{stage.partition('/')[0]}.{key}": value  # experts share a configuration
         for stage, settings in info["settings"].items()
         for key, value in settings.get("train", {}).items()
         if value is not None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from trinityx_jax.backbone import BackboneConfig
-from trinityx_jax.backbone.products import matmul
+from trinityx_jax.backbone.products import kept, matmul
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts.task_vector import TaskVector, same_shape
 
@@ -135,18 +135,32 @@ def delta_weighted(site: Site, x: jax.Array, weight: jax.Array, dtype: Any = Non
 
 
 def delta_grouped(
-    site: Site, x: jax.Array, dtype: Any = None, dropout: jax.Array | None = None, rate: float = 0.0
+    site: Site, x: jax.Array, dtype: Any = None, dropout: jax.Array | None = None, rate: float = 0.0, index: int = 0
 ) -> jax.Array:
     """One expert per row, rows grouped by expert: x [E*B,S,in] -> [E*B,S,out].
 
     Args:
         dtype: as in ``delta_weighted``.
-        dropout: one key per expert [E], or None in evaluation; the mask falls on the input.
+        dropout: one key per row [E,B], or None in evaluation; the mask falls on the input.
+        index: of the site, whose mask is its own.
     """
-    count = site["a"].shape[0]
-    grouped = x.reshape(count, -1, *x.shape[1:])
+    grouped = x.reshape(site["a"].shape[0], -1, *x.shape[1:])
     if dropout is not None and rate > 0.0:
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, grouped.shape[1:]))(dropout)
-        grouped = jnp.where(keep, grouped / (1.0 - rate), 0.0).astype(x.dtype)
+        grouped = jnp.where(kept(_passes(dropout, index, grouped.shape, rate)), grouped / (1.0 - rate), 0.0).astype(
+            x.dtype
+        )
     low = matmul(grouped, site["a"], dtype) * site["scale"].astype(x.dtype)[:, None, None, None]
     return matmul(low, site["b"], dtype).reshape(*x.shape[:-1], -1)
+
+
+def _passes(keys: jax.Array, index: int, shape: tuple[int, ...], rate: float) -> jax.Array:
+    """Which inputs [E,B,S,in] dropout lets through: by row's key, site, position and feature, whatever the padding."""
+    length, size = shape[2:]
+
+    def row(key: jax.Array) -> jax.Array:
+        at = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, index), jnp.arange(length))
+        words = jax.vmap(lambda k: jax.random.bits(k, (-(-size // 2),), jnp.uint32))(at)
+        halves = jax.lax.bitcast_convert_type(words, jnp.uint16)  # two draws of 16 bits in each of 32
+        return halves.reshape(length, -1)[:, :size] >= round(rate * 2**16)
+
+    return jax.vmap(jax.vmap(row))(keys)

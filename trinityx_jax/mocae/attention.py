@@ -79,8 +79,6 @@ def grouped_attention(dropout: float = 0.0) -> AttentionLinear:
     """Stage 1: rows grouped by expert, each group with its own expert's deltas."""
 
     def mix(site: lora.Site, x: jax.Array, dtype: Any, inputs: Any, _: Any, index: int) -> jax.Array:
-        keys = inputs.get("keys")
-        own = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
-        return lora.delta_grouped(site, x, dtype, own, dropout)
+        return lora.delta_grouped(site, x, dtype, inputs.get("keys"), dropout, index)
 
     return _linear(mix)

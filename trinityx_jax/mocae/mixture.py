@@ -139,14 +139,13 @@ def grouped_feed_forward(config: BackboneConfig, dropout: float = 0.0) -> FeedFo
     act = ACTIVATION_FUNCTIONS[config.activation]
 
     def apply(mlp: Mlp, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-        keys = layer.get("keys")  # [E] for this layer
+        keys = layer.get("keys")  # [E,B] for this layer
 
         def site(name: str, x: jax.Array, index: int) -> jax.Array:
             y = linear(mlp[name], x)
             if name not in layer["experts"]:
                 return y
-            own = None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(keys)
-            return y + lora.delta_grouped(layer["experts"][name], x, mlp[name]["kernel"].dtype, own, dropout)
+            return y + lora.delta_grouped(layer["experts"][name], x, mlp[name]["kernel"].dtype, keys, dropout, index)
 
         gate, up = kept(site("gate", u, 0)), kept(site("up", u, 1))
         return h + site("down", act(gate) * up, 2), None

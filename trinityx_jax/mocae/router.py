@@ -44,6 +44,9 @@ class MoCaEConfig:
     output: str = "prenorm"
     dropout: float = 0.0
     gamma_similarity: str = "cosine"
+    gamma_reference: str | None = None  # an expert's name or path; None: the mean of the experts
+    gamma_floor: float | None = None  # what a lower similarity counts as; None: a negative one raises
+    gamma_dynamic: bool = False  # moves towards experts that gain most on held-out rows
     entropy: str = "batch_diversity"
     kl: str = "step"
     lambda_entropy: float = 0.1
@@ -62,7 +65,7 @@ class MoCaEConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise UserError(f"mocae.{name}: must be a number, not {value!r}")
-        for name in ("train_gamma", "train_norm"):
+        for name in ("train_gamma", "train_norm", "gamma_dynamic"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"mocae.{name}: must be true or false, not {getattr(self, name)!r}")
         if not self.temperature > 0:
@@ -74,6 +77,10 @@ class MoCaEConfig:
                 raise UserError(f"mocae.{name}: must not be negative, is {getattr(self, name)}")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise UserError(f"mocae.top_k: must be a whole number of at least 1, not {self.top_k!r}")
+        if self.train_gamma and self.gamma_dynamic:
+            raise UserError("mocae.gamma_dynamic: gamma is trained (train_gamma); choose one")
+        if self.gamma_reference is not None and not isinstance(self.gamma_reference, str):
+            raise UserError(f"mocae.gamma_reference: must be a name or a path, not {self.gamma_reference!r}")
         if self.train_norm and self.output == "prenorm":
             raise UserError("mocae.train_norm: output 'prenorm' has no norm to train")
         if self.mixing == "weights" and self.weight == "anchored":

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from trinityx_jax.config import CheckpointConfig
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import disk_full
-from trinityx_jax.training.step import TrainState
+from trinityx_jax.training.state import TrainState
 
 
 class Checkpoints:

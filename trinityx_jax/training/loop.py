@@ -6,20 +6,20 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from trinityx_jax.data.batching import Batch, TrainingBatches
+from trinityx_jax.data.batching import Batch
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import write_text
-from trinityx_jax.progress import progress
+from trinityx_jax.progress import Progress, progress
 from trinityx_jax.training.checkpoint import Checkpoints
-from trinityx_jax.training.step import TrainState
+from trinityx_jax.training.state import TrainState
 
 
 class Stopped(Exception):
@@ -75,54 +75,97 @@ def stop_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+class Work(Protocol):
+    """What a stage does in a step."""
+
+    def active(self, state: TrainState) -> tuple[str, ...]:
+        """The objectives that are served from this state on; none ends the stage."""
+
+    def until(self, step: int) -> int:
+        """The next step after which ``validate`` is asked, or who is active may change."""
+
+    def serve(self, start: int, stop: int, names: tuple[str, ...]) -> Iterator[Batch]:
+        """The batches of those steps."""
+
+    def step(self, state: TrainState, batch: Mapping[str, Any], names: tuple[str, ...]) -> tuple[TrainState, Any]:
+        """One compiled update, and its metrics: ``streak`` [E] or [] among them."""
+
+    def describe(self, metrics: Any, names: tuple[str, ...]) -> dict[str, float]:
+        """Metrics of one step, on the host, as named numbers; must hold ``loss``."""
+
+    def validate(self, state: TrainState, names: tuple[str, ...]) -> tuple[TrainState, dict[str, float]]:
+        """What is measured between steps, if anything, and the state after it."""
+
+    def places(self, step: int, bad: np.ndarray, names: tuple[str, ...]) -> list[str]:
+        """Where the rows stand that a step had of the objectives marked ``bad``."""
+
+
 def run_steps(
     state: TrainState,
-    step: Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Any]],
-    batches: TrainingBatches,
+    work: Work,
     total: int,
     *,
     stage: str,
     metrics_path: Path,
     checkpoints: Checkpoints,
-    describe: Callable[[Any], dict[str, float]],
+    max_skipped: int,
 ) -> TrainState:
-    """Run until step ``total``, from wherever the newest checkpoint stands.
-
-    Args:
-        describe: metrics of one step, on the host, as named numbers; must hold ``loss``.
+    """Run until step ``total``, or until nothing is active, from wherever the newest checkpoint stands.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: ``max_skipped`` steps in a row had a loss or gradient that is not finite.
         Stopped: a signal asked for it; the state was saved first.
     """
     state = checkpoints.restore(state)
-    start = int(state.step)
-    log = MetricsLog(metrics_path, stage, start)
-    pending: tuple[int, Any, Batch] | None = None
+    index = int(state.step)
+    recorder = _Recorder(MetricsLog(metrics_path, stage, index), work, stage, max_skipped)
     try:
-        with progress(stage, total, start) as bar, stop_on_signals() as signals:
-            for index in range(start, total):
-                batch = batches[index]
-                state, metrics = step(state, batch.arrays())
-                if pending is not None:  # one step behind, so the device never waits for the log
-                    bar.advance(_record(log, pending, describe, stage))
-                pending = (index + 1, metrics, batch)
-                if signals or (index + 1) % checkpoints.every == 0 or index + 1 == total:
-                    bar.advance(_record(log, pending, describe, stage))
-                    pending = None
-                    checkpoints.save(state, wait=bool(signals))
-                if signals:
-                    raise Stopped(f"{stage}: stopped by signal {signals[0]} after step {index + 1}; run again to go on")
+        with progress(stage, total, index) as bar, stop_on_signals() as signals:
+            while index < total and (names := work.active(state)):
+                stop = min(work.until(index), total)
+                for batch in work.serve(index, stop, names):
+                    state, metrics = work.step(state, batch.arrays(), names)
+                    index += 1
+                    recorder.flush(bar)  # one step behind, so the device never waits for the log
+                    recorder.pending = (index, metrics, batch, names)
+                    values: dict[str, float] = {}
+                    if index == stop:
+                        state, values = work.validate(state, names)
+                    if signals or index % checkpoints.every == 0 or index == total or values:
+                        recorder.flush(bar, values)
+                    if signals or index % checkpoints.every == 0 or index == total:
+                        checkpoints.save(state, wait=bool(signals))
+                    if signals:
+                        raise Stopped(f"{stage}: stopped by signal {signals[0]} after step {index}; run again to go on")
+            recorder.flush(bar)
+            checkpoints.save(state)  # early stopping ends between checkpoints
     finally:
-        log.close()
+        recorder.log.close()
     return state
 
 
-def _record(log: MetricsLog, pending: tuple[int, Any, Batch], describe: Callable, stage: str) -> str:
-    step, metrics, batch = pending
-    values = describe(jax.tree.map(np.asarray, metrics))
-    if not math.isfinite(values["loss"]):
-        hint = "lower train.learning_rate and choose another --out"
-        raise UserError(f"{stage}: the loss is {values['loss']} at step {step}; {hint}")
-    log.write(step, values, batch.token_count)
-    return f"loss {values['loss']:.3f}"
+class _Recorder:
+    """Writes the step before the one that runs."""
+
+    def __init__(self, log: MetricsLog, work: Work, stage: str, max_skipped: int):
+        self.log, self.work, self.stage, self.max_skipped = log, work, stage, max_skipped
+        self.pending: tuple[int, Any, Batch, tuple[str, ...]] | None = None
+
+    def flush(self, bar: Progress, values: Mapping[str, float] | None = None) -> None:
+        """Log the pending step, if there is one, with what was measured after it."""
+        if self.pending is None:
+            return
+        step, metrics, batch, names = self.pending
+        self.pending = None
+        metrics = jax.tree.map(np.asarray, metrics)
+        found = {**self.work.describe(metrics, names), **(values or {})}
+        self.log.write(step, {k: v if math.isfinite(v) else None for k, v in found.items()}, batch.token_count)
+        bar.advance(f"loss {found['loss']:.3f}")
+        streak = np.atleast_1d(metrics["streak"])
+        if streak.max() >= self.max_skipped:
+            rows = self.work.places(step - 1, streak >= self.max_skipped, names)
+            shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+            raise UserError(
+                f"{self.stage}: {streak.max()} steps in a row had a loss or a gradient that is not finite, the last is "
+                f"step {step} with the rows {shown}; lower train.learning_rate, or mend the rows"
+            )

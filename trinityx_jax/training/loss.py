@@ -35,9 +35,6 @@ def supervised_nll(
     return jax.lax.map(jax.checkpoint(nll), (picked, labels)).reshape(-1)[:count]
 
 
-def mean_by_group(nll: jax.Array, valid: jax.Array, group: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
-    """Mean over supervised positions of each group [G], and the counts [G]; an empty group gives 0."""
-    weight = valid.astype(jnp.float32)
-    total = jax.ops.segment_sum(nll * weight, group, groups)
-    count = jax.ops.segment_sum(weight, group, groups)
-    return total / jnp.maximum(count, 1.0), count
+def sum_by_group(values: jax.Array, valid: jax.Array, group: jax.Array, groups: int) -> jax.Array:
+    """Sum over supervised positions of each group [G]."""
+    return jax.ops.segment_sum(values * valid.astype(jnp.float32), group, groups)

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, and clipping that treats every expert on its own."""
+"""AdamW with warm-up and cosine decay, for one set of leaves or for each of several experts on its own."""
 
 from __future__ import annotations
 
@@ -10,34 +10,44 @@ import optax
 
 from trinityx_jax.config import TrainConfig
 
+UNDECAYED = {"bias", "gamma", "norm"}  # leaves that are no weights of a product
 
-def schedule(train: TrainConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up over a share of the steps, then cosine decay to a tenth."""
-    warmup = min(round(train.warmup * steps), steps - 1)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else train.learning_rate,
-        peak_value=train.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=steps,
-        end_value=0.1 * train.learning_rate,
+
+def learning_rate(train: TrainConfig, step: jax.Array, total: jax.Array | int) -> jax.Array:
+    """Linear warm-up over a share of the steps, from above zero, then cosine decay to a tenth of the peak."""
+    warmup = jnp.minimum(jnp.round(train.warmup * total), total - 1)
+    rising = (step + 1) / (warmup + 1)
+    done = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1), 0.0, 1.0)
+    falling = 0.1 + 0.9 * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+    return train.learning_rate * jnp.where(step < warmup, rising, falling)
+
+
+def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
+    """Clipping and AdamW's direction; the learning rate comes on top (``learning_rate``)."""
+
+    def decayed(params: Any) -> Any:
+        def weight(path: Any, _: Any) -> bool:
+            return not UNDECAYED & {str(getattr(key, "key", key)) for key in path}
+
+        return jax.tree_util.tree_map_with_path(weight, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(train.weight_decay, mask=decayed),
     )
 
 
-def make_optimizer(train: TrainConfig, steps: int, per_expert: bool) -> optax.GradientTransformation:
-    """The optimizer of a stage. ``per_expert``: leaves are [L,E,...] and E is clipped one by one."""
-    clip = clip_per_expert(train.clip) if per_expert else optax.clip_by_global_norm(train.clip)
-    return optax.chain(clip, optax.adamw(schedule(train, steps), weight_decay=train.weight_decay))
+def expert_axes(tree: Any) -> Any:
+    """The axis of the experts in every leaf of a stage 1 state: second in [L,E,...], first in [E]."""
+    return jax.tree.map(lambda x: 1 if x.ndim > 1 else 0, tree)
 
 
-def clip_per_expert(limit: float) -> optax.GradientTransformation:
-    """Scale each expert's whole gradient to at most ``limit`` in norm; leaves are [L,E,...]."""
-
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        scale = jnp.minimum(1.0, limit / jnp.maximum(expert_norms(grads), 1e-12))
-        return jax.tree.map(lambda g: g * scale.reshape(1, -1, *([1] * (g.ndim - 2))), grads), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+def init_per_expert(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """The optimizer's state for leaves [L,E,...], one expert's beside another's."""
+    single = jax.eval_shape(optimizer.init, jax.tree.map(lambda x: x[:, 0], params))
+    axes = jax.tree.map(lambda x: 1 if x.ndim else 0, single)
+    return jax.vmap(optimizer.init, in_axes=1, out_axes=axes)(params)
 
 
 def expert_norms(tree: Any) -> jax.Array:

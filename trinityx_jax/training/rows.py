@@ -143,3 +143,9 @@ def _warn_across(parts: Mapping[str, Part]) -> None:
                     "data.%s: %s of its training prompts stand in the test rows of data.%s; they are kept",
                     name, f"{len(shared):,}", other,
                 )  # fmt: skip
+
+
+def pad_id(backbone: Backbone) -> int:
+    """Any id serves: padding is masked by position."""
+    pad = backbone.tokenizer.pad_token_id
+    return 0 if pad is None else int(pad)

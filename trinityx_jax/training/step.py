@@ -6,31 +6,21 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from trinityx_jax.backbone import BackboneConfig, Decoder
+from trinityx_jax.config import TrainConfig
 from trinityx_jax.experts.lora import Experts
 from trinityx_jax.mocae import Router, hidden_states, losses, token_routing
 from trinityx_jax.mocae.attention import grouped_attention, split_sites
 from trinityx_jax.mocae.mixture import grouped_feed_forward
-from trinityx_jax.training.loss import mean_by_group, supervised_nll
+from trinityx_jax.training.loss import sum_by_group, supervised_nll
 from trinityx_jax.training.optimizer import expert_norms
+from trinityx_jax.training.state import Trained, TrainState, update_experts, update_router
 
 Arrays = Mapping[str, jax.Array]
-Trained = dict[str, Any]
-
-
-@flax.struct.dataclass
-class TrainState:
-    """What a step changes: the trained leaves, the optimizer's, the step, and pi_prev [L,E] in stage 2."""
-
-    step: jax.Array
-    params: Trained
-    opt_state: Any
-    previous: jax.Array
 
 
 def trained_experts(experts: Experts) -> Trained:
@@ -53,7 +43,7 @@ def trained_router(router: Router) -> Trained:
     return out
 
 
-def expert_loss(
+def expert_sums(
     trained: Trained,
     base: Mapping[str, Any],
     experts: Experts,
@@ -64,15 +54,13 @@ def expert_loss(
     dropout: float = 0.0,
     keys: jax.Array | None = None,
     remat: str = "none",
-) -> tuple[jax.Array, jax.Array]:
-    """Sum over experts of each one's mean loss on its own rows, so experts do not influence each other.
+) -> jax.Array:
+    """Each expert's summed negative log-likelihood of its own rows' answers [E].
 
     Args:
         batch: rows grouped by expert in the stacked order (see ``TrainingBatches``).
-        keys: dropout keys [L,E]; None is evaluation.
-
-    Returns:
-        the sum, and the loss per expert [E].
+        keys: dropout keys [L,E,B], one per layer and row; None is evaluation.
+        remat: what the backward pass keeps (``backbone.model.REMAT``).
     """
     whole = with_trained(experts, trained)
     count = next(iter(whole.values()))["a"].shape[1]
@@ -84,10 +72,108 @@ def expert_loss(
     decoder = Decoder(config, grouped_feed_forward(config, dropout), dtype, remat, project)
     hidden: Any = decoder.apply({"params": base}, batch["tokens"], batch["mask"], inputs)[0]
     nll = supervised_nll(base, config, hidden, batch["where"], batch["labels"])
-    rows, length = batch["tokens"].shape
-    group = batch["where"] // length // (rows // count)
-    means, _ = mean_by_group(nll, batch["valid"], group, count)
-    return jnp.sum(means), means
+    return sum_by_group(nll, batch["valid"], _group(batch, count), count)
+
+
+def supervised_counts(batch: Arrays, count: int) -> jax.Array:
+    """Supervised positions of each expert in a batch, all its parts together [E]."""
+    group = _group(batch, count).reshape(-1)
+    return sum_by_group(jnp.ones(group.shape), batch["valid"].reshape(-1), group, count)
+
+
+def _group(batch: Arrays, count: int) -> jax.Array:
+    """The expert of every supervised position."""
+    rows, length = batch["tokens"].shape[-2:]
+    return batch["where"] // length // (rows // count)
+
+
+def expert_gradients(
+    trained: Trained,
+    base: Any,
+    experts: Experts,
+    config: BackboneConfig,
+    batch: Arrays,
+    keys: jax.Array | None,
+    **options: Any,
+) -> tuple[jax.Array, Trained]:
+    """(mean loss per expert [E], gradients of their sum), so experts do not influence each other.
+
+    Means are over each expert's supervised tokens of the whole batch. A batch in parts (a leading axis on its
+    fields) gives the sums of what the parts give, which is the same to rounding.
+
+    Args:
+        keys: one key per expert [E], or None for no dropout. options: as ``expert_sums``.
+    """
+    count = next(iter(trained.values()))["a"].shape[1]
+    total = jnp.maximum(supervised_counts(batch, count), 1.0)
+
+    def part(trained: Trained, batch: Arrays, first: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        rows = batch["tokens"].shape[0] // count
+        own = None if keys is None else _row_keys(keys, config.num_layers, first + jnp.arange(rows))
+        sums = expert_sums(trained, base, experts, config, batch, keys=own, **options)
+        return jnp.sum(sums / total), sums / total
+
+    gradient = jax.grad(part, has_aux=True)
+    if batch["tokens"].ndim == 2:
+        grads, means = gradient(trained, batch, 0)
+        return means, grads
+
+    def add(carry: Any, step: tuple[Arrays, jax.Array]) -> tuple[Any, None]:
+        grads, means = gradient(trained, *step)
+        return jax.tree.map(jnp.add, carry, (means, grads)), None
+
+    parts, rows = batch["tokens"].shape[:2]
+    zeros = (jnp.zeros((count,)), jax.tree.map(jnp.zeros_like, trained))
+    (means, grads), _ = jax.lax.scan(add, zeros, (dict(batch), jnp.arange(parts) * (rows // count)))
+    return means, grads
+
+
+def _row_keys(keys: jax.Array, layers: int, rows: jax.Array) -> jax.Array:
+    """A key for each layer, expert and row [L,E,B], whatever rows stand beside it."""
+    fold = jax.random.fold_in
+    own = jax.vmap(lambda key: jax.vmap(lambda row: fold(key, row))(rows))(keys)
+    return jax.vmap(lambda layer: jax.vmap(jax.vmap(lambda key: fold(key, layer)))(own))(jnp.arange(layers))
+
+
+def expert_step(
+    config: BackboneConfig,
+    optimizer: optax.GradientTransformation,
+    train: TrainConfig,
+    *,
+    dtype: Any,
+    dropout: float = 0.0,
+) -> Callable[..., tuple[TrainState, Arrays]]:
+    """One stage 1 update: (state, base, experts, keys [E], totals [E], batch, active) -> (state, metrics).
+
+    ``totals`` are each expert's steps; ``active``, static, the indices of those that the batch has rows of.
+    Jit with the state donated.
+    """
+
+    def step(
+        state: TrainState,
+        base: Any,
+        experts: Experts,
+        keys: jax.Array,
+        totals: jax.Array,
+        batch: Arrays,
+        active: tuple[int, ...],
+    ) -> Any:
+        index = jnp.asarray(active)
+        own = experts_of((state.params, experts), active)
+        used = jax.vmap(jax.random.fold_in, (0, None))(keys[index], state.step) if dropout > 0.0 else None
+        means, grads = expert_gradients(
+            own[0], base, own[1], config, batch, used, dtype=dtype, dropout=dropout, remat=train.remat
+        )
+        state = update_experts(train, optimizer, state, grads, means, totals[index], active)
+        metrics = {"loss": means, "grad_norm": expert_norms(grads)}
+        return state, metrics | {"streak": state.streak[index], "skipped": state.skipped[index]}
+
+    return step
+
+
+def experts_of(tree: Any, active: tuple[int, ...]) -> Any:
+    """The leaves [L,E,...] of some experts."""
+    return jax.tree.map(lambda x: x if len(active) == x.shape[1] else x[:, jnp.asarray(active)], tree)
 
 
 def router_loss(
@@ -115,11 +201,11 @@ def router_loss(
         dropout=dropout, remat=remat,
     )  # fmt: skip
     nll = supervised_nll(base, config, hidden, batch["where"], batch["labels"])
-    task, _ = mean_by_group(nll, batch["valid"], jnp.zeros_like(batch["where"]), 1)
+    task = jnp.sum(nll * batch["valid"]) / jnp.maximum(jnp.sum(batch["valid"]), 1)
     pi, mask = token_routing(aux), batch["mask"]
     mean = losses.mean_routing(pi, mask)
     parts = {
-        "loss_task": task[0],
+        "loss_task": task,
         "loss_entropy": losses.entropy_loss(pi, mask, mocae.entropy),
         "loss_kl": losses.kl_loss(mean, previous),
         "loss_gate": losses.gate_loss(pi, mask, batch["objective"]),
@@ -134,29 +220,8 @@ def router_loss(
     return total, {**parts, "mean_routing": mean}
 
 
-def expert_step(
-    config: BackboneConfig, optimizer: optax.GradientTransformation, *, dtype: Any, dropout: float, remat: str
-) -> Callable[..., tuple[TrainState, Arrays]]:
-    """One stage 1 update: (state, base, experts, keys [E], batch) -> (state, metrics). Jit with state donated."""
-
-    def step(state: TrainState, base: Any, experts: Experts, keys: jax.Array, batch: Arrays) -> Any:
-        own = None
-        if dropout > 0.0:  # a key per layer and expert, from the expert's own key and the step
-            layers = jnp.arange(config.num_layers)
-            own = jax.vmap(
-                lambda layer: jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, state.step), layer))(keys)
-            )(layers)
-        (_, per_expert), grads = jax.value_and_grad(expert_loss, has_aux=True)(
-            state.params, base, experts, config, batch, dtype=dtype, dropout=dropout, keys=own, remat=remat
-        )
-        metrics = {"loss": per_expert, "grad_norm": expert_norms(grads)}
-        return _update(state, grads, optimizer, state.previous), metrics
-
-    return step
-
-
 def router_step(
-    config: BackboneConfig, optimizer: optax.GradientTransformation, *, dtype: Any, remat: str
+    config: BackboneConfig, optimizer: optax.GradientTransformation, train: TrainConfig, total: int, *, dtype: Any
 ) -> Callable[..., tuple[TrainState, Arrays]]:
     """One stage 2 update: (state, base, experts, router, key, batch) -> (state, metrics)."""
 
@@ -164,20 +229,12 @@ def router_step(
         dropout = jax.random.fold_in(key, state.step) if router.config.dropout > 0.0 else None
         (loss, parts), grads = jax.value_and_grad(router_loss, has_aux=True)(
             state.params, base, experts, router, state.previous, config, batch,
-            dtype=dtype, dropout=dropout, remat=remat,
+            dtype=dtype, dropout=dropout, remat=train.remat,
         )  # fmt: skip
         mean = parts.pop("mean_routing")
         previous = losses.next_previous(mean, state.previous, router.config.kl)
         metrics = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads), "load": jnp.mean(mean, axis=0)}
-        return _update(state, grads, optimizer, previous), metrics
+        state = update_router(train, optimizer, state, grads, loss, total, previous)
+        return state, metrics | {"streak": state.streak, "skipped": state.skipped}
 
     return step
-
-
-def _update(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, previous: jax.Array) -> TrainState:
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = dict(optax.apply_updates(state.params, updates))
-    if "gamma" in params:  # stays a set of positive weights that sum to one
-        positive = jnp.maximum(params["gamma"], 1e-4)
-        params["gamma"] = positive / jnp.sum(positive)
-    return TrainState(state.step + 1, params, opt_state, previous)

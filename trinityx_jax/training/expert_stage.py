@@ -1,0 +1,247 @@
+"""Stage 1: experts, each on its own rows, the base frozen; together in one step or one after another."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.backbone.products import activations, packed
+from trinityx_jax.config import RunConfig, save_config
+from trinityx_jax.data import sources
+from trinityx_jax.data.batching import Batch, TrainingBatches, validation_batches
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts import TaskVector, init_expert, stack, unstack
+from trinityx_jax.runs import RunFolder, load_experts
+from trinityx_jax.training.checkpoint import Checkpoints
+from trinityx_jax.training.loop import run_steps
+from trinityx_jax.training.optimizer import make_optimizer
+from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
+from trinityx_jax.training.state import TrainState, after_validation, expert_state
+from trinityx_jax.training.step import expert_step, expert_sums, supervised_counts, trained_experts, with_trained
+
+log = logging.getLogger(__name__)
+
+
+def expert_settings(config: RunConfig, name: str) -> dict[str, Any]:
+    """What decides the expert that comes out; how it is trained beside others does not."""
+    values = config.model_dump(mode="json", by_alias=True)
+    parts = config.parts(name)
+    experts = {key: values["experts"][key] for key in ("rank", "alpha", "dropout", "sites")}
+    train = {key: value for key, value in values["train"].items() if key not in ("mode", "experts")}
+    files = {
+        part: [sources.digest(data.source), sources.digest(data.test)] for part, data in parts.items()
+    }  # fmt: skip
+    data = {part: values["data"][part] for part in parts}
+    shared = {key: values[key] for key in ("model", "seed", "dtype")}
+    return {**shared, "experts": experts, "train": train, "data": data, "files": files}
+
+
+def pending(config: RunConfig) -> list[str]:
+    """The experts that are to be trained: those that are not done, or done otherwise and named in ``train.experts``.
+
+    Raises:
+        UserError: one was begun with other settings and is not named; or the run's experts come from elsewhere.
+    """
+    run = RunFolder(config.out)
+    done = run.done("experts") or {}
+    if done.get("source") is not None:
+        raise UserError(f"{run.path}: its experts were copied from {done['source']}; choose another --out")
+    found = []
+    for name in config.train.experts or config.experts.names:
+        stage, settings = f"experts/{name}", expert_settings(config, name)
+        changed = run.changed(stage, settings)
+        if changed is not None and config.train.experts is None:
+            raise UserError(
+                f"{run.path}: expert {name!r} was begun with other settings ({changed}); train it anew with "
+                f"--train.experts [{name}], or choose another --out"
+            )
+        if changed is not None or name not in done.get("names", []):
+            found.append(name)
+    return found
+
+
+def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector]:
+    """Train the experts that are ``pending``. Goes on where an earlier call stopped.
+
+    Writes ``experts/NAME``, ``metrics.jsonl`` and ``config-experts.yaml`` in the run folder.
+
+    Returns:
+        the experts that this call trained.
+
+    Raises:
+        UserError: the rows or the configuration are wrong, or the run folder holds another run.
+        Stopped: a signal asked for it; state was saved.
+    """
+    names = pending(config)
+    if not names:
+        return {}
+    run = RunFolder(config.out)
+    rows = load_training_rows(config, backbone)
+    run.open(backbone, config.model)
+    for name in names:
+        _begin(config, run, name)
+    save_config(config, run.path / "config-experts.yaml", "experts")
+    groups = [names] if config.train.mode == "joint" else [[name] for name in names]
+    trained: dict[str, TaskVector] = {}
+    for group in groups:
+        found = _Group(config, backbone, rows, group).train(run)
+        trained |= found
+        run.save_experts(found)
+        before = run.done("experts") or {"names": [], "rows": {}}
+        order = [n for n in config.experts.names if n in {*before["names"], *group}]
+        counts = {**before["rows"], **{name: len(rows.train[name]) for name in group}}
+        run.finish("experts", names=order, rows=counts)
+    return trained
+
+
+def _begin(config: RunConfig, run: RunFolder, name: str) -> None:
+    """Record an expert's settings; where it is to be trained anew, forget the old one's progress and its router."""
+    stage, settings = f"experts/{name}", expert_settings(config, name)
+    if run.changed(stage, settings) is None:
+        run.begin(stage, settings)
+        return
+    done = run.done("experts")
+    for folder in (run.path / "checkpoints").glob("experts*"):
+        if folder.name == _label([name], config).replace("/", "-") or folder.name == "experts":
+            shutil.rmtree(folder)
+    if done is not None and name in done["names"]:
+        run.finish("experts", names=[n for n in done["names"] if n != name], rows=done["rows"])
+    if run.done("router") is not None:
+        log.warning("%s: its router was trained with the expert %r as it was; train it again", run.path, name)
+    run.forget("router")
+    shutil.rmtree(run.path / "checkpoints" / "router", ignore_errors=True)
+    run.begin(stage, settings, anew=True)
+
+
+def _label(names: list[str], config: RunConfig) -> str:
+    """The stage's name in logs: all experts, or which."""
+    return "experts" if names == config.experts.names else f"experts/{'+'.join(names)}"
+
+
+class _Group:
+    """Experts that are trained in one compiled step (``loop.Work``)."""
+
+    def __init__(self, config: RunConfig, backbone: Backbone, rows: Rows, names: list[str]):
+        e, train = config.experts, config.train
+        self.config, self.backbone, self.names = config, backbone, names
+        self.label = _label(names, config)
+        vectors = [init_expert(backbone.config, e.rank, e.alpha, e.sites, config.seed, n) for n in names]
+        self.experts = stack(vectors)
+        self.base = packed(backbone.params)
+        pack = train.seq_len if train.packing else None
+        self.batches = TrainingBatches(
+            {name: rows.train[name] for name in names}, train.batch_size, pad_id(backbone), config.seed,
+            train.accumulate, pack,
+        )  # fmt: skip
+        self.totals = {n: train.steps or self.batches.orders[n].steps(train.epochs) for n in names}
+        self.held = {name: rows.validation[name] for name in names}
+        self.optimizer = make_optimizer(train)
+        self.keys = jnp.stack(
+            [jax.random.fold_in(jax.random.key(config.seed + 1), zlib.crc32(n.encode())) for n in names]
+        )
+        dtype = activations(config.dtype)
+        update = expert_step(backbone.config, self.optimizer, train, dtype=dtype, dropout=e.dropout)
+        self._update = jax.jit(update, donate_argnums=0, static_argnames="active")
+
+        def sums(params: Any, base: Any, experts: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+            found = expert_sums(params, base, experts, backbone.config, batch, dtype=dtype)
+            return found, supervised_counts(batch, len(names))
+
+        self._sums = jax.jit(sums)
+        self._after = jax.jit(after_validation, donate_argnums=0)
+
+    def train(self, run: RunFolder) -> dict[str, TaskVector]:
+        """The group's experts, from the newest checkpoint on."""
+        keep_best = self.config.train.patience is not None
+        params = jax.tree.map(jnp.copy, trained_experts(self.experts))
+        state = expert_state(params, self.optimizer, keep_best)
+        folder = run.path / "checkpoints" / self.label.replace("/", "-")
+        checkpoints = Checkpoints(folder, self.config.checkpoint)
+        state = run_steps(
+            state, self, max(self.totals.values()), stage=self.label, metrics_path=run.metrics_path,
+            checkpoints=checkpoints, max_skipped=self.config.train.max_skipped,
+        )  # fmt: skip
+        checkpoints.close()
+        for name, skipped in zip(self.names, state.skipped.tolist(), strict=True):
+            if skipped:
+                log.warning("expert %s: %d steps were not finite and changed nothing", name, skipped)
+        done = with_trained(self.experts, state.params if state.best is None else state.best)
+        origin = {
+            "base": self.backbone.fingerprint,
+            "rank": self.config.experts.rank,
+            "alpha": self.config.experts.alpha,
+        }
+        return {
+            name: TaskVector(vector.sites, {**origin, "steps": self.totals[name], "objective": name})
+            for name, vector in zip(self.names, unstack(done), strict=True)
+        }
+
+    def active(self, state: TrainState) -> tuple[str, ...]:
+        """Experts with steps left and, with ``patience``, hope left."""
+        step, patience = int(state.step), self.config.train.patience
+        waited = np.zeros(len(self.names)) if state.waited is None else np.asarray(state.waited)
+        return tuple(
+            name
+            for name, count in zip(self.names, waited, strict=True)
+            if step < self.totals[name] and (patience is None or count < patience)
+        )
+
+    def until(self, step: int) -> int:
+        every = self.config.train.evaluate_every
+        ends = [total for total in self.totals.values() if total > step]
+        return min(ends + ([] if every is None else [step - step % every + every]))
+
+    def serve(self, start: int, stop: int, names: tuple[str, ...]) -> Iterator[Batch]:
+        return self.batches.serve(start, stop, names)
+
+    def step(self, state: TrainState, batch: Mapping[str, Any], names: tuple[str, ...]) -> tuple[TrainState, Any]:
+        active = tuple(self.names.index(name) for name in names)
+        totals = jnp.asarray(list(self.totals.values()))
+        return self._update(state, self.base, self.experts, self.keys, totals, batch, active=active)
+
+    def describe(self, metrics: Any, names: tuple[str, ...]) -> dict[str, float]:
+        out = {"loss": float(metrics["loss"].mean())}
+        for index, name in enumerate(names):
+            out[f"loss/{name}"] = float(metrics["loss"][index])
+            out[f"grad_norm/{name}"] = float(metrics["grad_norm"][index])
+            if metrics["skipped"][index]:
+                out[f"skipped/{name}"] = int(metrics["skipped"][index])
+        return out
+
+    def validate(self, state: TrainState, names: tuple[str, ...]) -> tuple[TrainState, dict[str, float]]:
+        """Held-out loss of the active experts for which a measurement is due: every so many steps, and at their end."""
+        every, step = self.config.train.evaluate_every, int(state.step)
+        if every is None:
+            return state, {}
+        due = np.asarray([n in names and (step % every == 0 or step == self.totals[n]) for n in self.names])
+        if not due.any():
+            return state, {}
+        losses = self._held_out(state.params)
+        if state.best is not None:
+            state = self._after(state, jnp.asarray(losses, jnp.float32), jnp.asarray(due))
+        return state, {f"validation/{n}": float(losses[i]) for i, n in enumerate(self.names) if due[i]}
+
+    def _held_out(self, params: Any) -> np.ndarray:
+        size = self.config.evaluate.batch_size
+        total = np.zeros((2, len(self.names)))
+        for batch in validation_batches(self.held, size, pad_id(self.backbone)):
+            total += np.asarray(self._sums(params, self.base, self.experts, batch.arrays()))
+        return total[0] / total[1]
+
+    def places(self, step: int, bad: np.ndarray, names: tuple[str, ...]) -> list[str]:
+        chosen = [name for name, flag in zip(names, bad, strict=True) if flag]
+        return [row.place for name in chosen for slot in self.batches.slots(step, name) for row in slot]
+
+
+def finished_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector]:
+    """The run's experts of the configuration, in its order."""
+    found = load_experts(config.out, backbone.fingerprint, backbone.config)
+    return {name: found[name] for name in config.experts.names}

@@ -1,0 +1,244 @@
+"""Stage 2: gamma~, the router on the objectives' rows in equal share, then its temperature."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.backbone.products import activations, packed
+from trinityx_jax.config import RunConfig, save_config
+from trinityx_jax.data.batching import (
+    Batch,
+    TrainingBatches,
+    evaluation_batches,
+    validation_batches,
+)
+from trinityx_jax.data.templates import Encoded
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts import ATTENTION, TaskVector, dynamic_gamma, gamma, stack
+from trinityx_jax.mocae import Router, hidden_states, init_router, token_routing
+from trinityx_jax.mocae.attention import check_policy
+from trinityx_jax.mocae.calibration import calibrated_temperature, selected
+from trinityx_jax.runs import RunFolder, load_experts, save_router
+from trinityx_jax.training.checkpoint import Checkpoints
+from trinityx_jax.training.loop import run_steps
+from trinityx_jax.training.optimizer import make_optimizer
+from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
+from trinityx_jax.training.state import TrainState, router_state
+from trinityx_jax.training.step import (
+    expert_sums,
+    router_step,
+    supervised_counts,
+    trained_experts,
+    trained_router,
+)
+
+log = logging.getLogger(__name__)
+UNREPEATED = {"out", "evaluate", "checkpoint"}  # sections that do not change what the stage computes
+
+
+def router_settings(config: RunConfig) -> dict[str, Any]:
+    """What of the configuration decides the router that comes out."""
+    values = config.model_dump(mode="json", by_alias=True)
+    return {key: value for key, value in values.items() if key not in UNREPEATED}
+
+
+def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector]) -> Router:
+    """Train the router over experts by name; others than the configuration's serve as gamma's reference at most.
+
+    Writes ``router/``, ``metrics.jsonl`` and ``config-router.yaml`` in the run folder.
+
+    Raises:
+        UserError: the rows or the configuration are wrong, or the run folder holds another run; an expert is
+            missing, or they hold attention deltas and the configuration does not say what for.
+        Stopped: a signal asked for it; state was saved.
+    """
+    names, mocae = config.experts.names, config.mocae_config()
+    missing = [name for name in names if name not in vectors]
+    if missing:
+        raise UserError(f"experts: the configuration names {missing[0]!r}, found {', '.join(vectors)}")
+    own = {name: vectors[name] for name in names}
+    sites = {site: None for vector in own.values() for site in vector.sites}
+    check_policy(mocae, sites)
+    if mocae.attention_deltas is not None and not set(sites) & set(ATTENTION):
+        raise UserError("mocae.attention_deltas: no expert holds attention deltas; remove the key")
+    if mocae.gamma_dynamic and config.train.evaluate_every is None:
+        raise UserError("mocae.gamma_dynamic: train.evaluate_every is needed, gamma moves after each evaluation")
+    if config.train.evaluate_every is not None and not mocae.gamma_dynamic:
+        raise UserError("train.evaluate_every: has no effect on stage 'router' without mocae.gamma_dynamic; remove it")
+    static = gamma(own, _reference(config, backbone, vectors), mocae.gamma_similarity, mocae.gamma_floor)
+    rows = load_training_rows(config, backbone)
+    run = RunFolder(config.out)
+    run.open(backbone, config.model)
+    run.begin("router", router_settings(config))
+    _own_experts(config, run, own)
+    save_config(config, run.path / "config-router.yaml", "router")
+    router = init_router(backbone.config, names, static, mocae, config.seed)
+    experts = stack(list(own.values()))
+    router = _Stage(config, backbone, rows, experts, router).train(run)
+    before = float(router.temperature)
+    router = calibrate(config, backbone, experts, router, rows.calibration)
+    save_router(router, run.path / "router", backbone.fingerprint)
+    facts = {
+        "temperature_before": before,
+        "temperature": float(router.temperature),
+        "gamma": dict(zip(names, np.asarray(router.gamma).tolist(), strict=True)),
+        "rows": {n: [len(rows.train[n]), len(rows.calibration[n])] for n in names},
+    }
+    run.finish("router", **facts)
+    return router
+
+
+def _reference(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector]) -> TaskVector | None:
+    """What gamma compares the experts with: None is their mean."""
+    name = config.mocae_config().gamma_reference
+    if name is None or name in vectors:
+        return None if name is None else vectors[name]
+    if not Path(name).exists():
+        raise UserError(f"mocae.gamma_reference: {name!r} is no expert ({', '.join(vectors)}) and no folder")
+    found = load_experts(name, backbone.fingerprint, backbone.config)
+    if len(found) > 1:
+        raise UserError(f"mocae.gamma_reference: {name} holds several experts ({', '.join(found)}); name one's folder")
+    return next(iter(found.values()))
+
+
+def _own_experts(config: RunConfig, run: RunFolder, vectors: Mapping[str, TaskVector]) -> None:
+    """Copy experts that come from elsewhere into the run, so that it is self-contained."""
+    done, source = run.done("experts"), config.experts.source
+    if source is None:
+        return
+    if done is not None and done.get("source") != source:
+        raise UserError(f"{run.path}: holds experts of its own; remove experts.from, or choose another --out")
+    run.save_experts(vectors)
+    run.finish("experts", names=list(vectors), source=source)
+
+
+class _Stage:
+    """The router's training (``loop.Work``)."""
+
+    def __init__(self, config: RunConfig, backbone: Backbone, rows: Rows, experts: Any, router: Router):
+        train = config.train
+        self.config, self.backbone, self.rows, self.experts, self.router = config, backbone, rows, experts, router
+        self.names = tuple(rows.train)
+        self.base = packed(backbone.params)
+        self.batches = TrainingBatches(rows.train, train.batch_size, pad_id(backbone), config.seed + 1)
+        self.total = train.steps or _steps_of_epochs(self.batches, train.epochs)
+        self.dtype = activations(config.dtype)
+        self.optimizer = make_optimizer(train)
+        self.key = jax.random.key(config.seed + 2)
+        update = router_step(backbone.config, self.optimizer, train, self.total, dtype=self.dtype)
+        self._update = jax.jit(update, donate_argnums=0)
+        self._gamma = self._gammas() if router.config.gamma_dynamic else {}
+
+    def train(self, run: RunFolder) -> Router:
+        """The trained router, from the newest checkpoint on."""
+        trained = jax.tree.map(jnp.copy, trained_router(self.router))
+        count = len(self.router.names)
+        previous = jnp.full((self.backbone.config.num_layers, count), 1.0 / count)
+        checkpoints = Checkpoints(run.path / "checkpoints" / "router", self.config.checkpoint)
+        state = run_steps(
+            router_state(trained, self.optimizer, previous), self, self.total, stage="router",
+            metrics_path=run.metrics_path, checkpoints=checkpoints, max_skipped=self.config.train.max_skipped,
+        )  # fmt: skip
+        checkpoints.close()
+        if int(state.skipped):
+            log.warning("router: %d steps were not finite and changed nothing", int(state.skipped))
+        return dataclasses.replace(self._at(self.total), **state.params)
+
+    def active(self, state: TrainState) -> tuple[str, ...]:
+        return self.names
+
+    def until(self, step: int) -> int:
+        every = self.config.train.evaluate_every
+        return self.total if every is None else step - step % every + every
+
+    def serve(self, start: int, stop: int, names: tuple[str, ...]) -> Iterator[Batch]:
+        return self.batches.serve(start, stop, names)
+
+    def step(self, state: TrainState, batch: Mapping[str, Any], names: tuple[str, ...]) -> tuple[TrainState, Any]:
+        return self._update(state, self.base, self.experts, self._at(int(state.step)), self.key, batch)
+
+    def describe(self, metrics: Any, names: tuple[str, ...]) -> dict[str, float]:
+        out = {k: float(v) for k, v in metrics.items() if k not in ("load", "streak", "skipped")}
+        if metrics["skipped"]:
+            out["skipped"] = int(metrics["skipped"])
+        return out | {f"load/{n}": float(x) for n, x in zip(self.router.names, metrics["load"], strict=True)}
+
+    def validate(self, state: TrainState, names: tuple[str, ...]) -> tuple[TrainState, dict[str, float]]:
+        """The dynamic gamma that the next steps have."""
+        if not self._gamma:
+            return state, {}
+        found = self._at(int(state.step)).gamma
+        return state, {f"gamma/{n}": float(x) for n, x in zip(self.router.names, found, strict=True)}
+
+    def places(self, step: int, bad: np.ndarray, names: tuple[str, ...]) -> list[str]:
+        return [row.place for name in names for slot in self.batches.slots(step, name) for row in slot]
+
+    def _at(self, step: int) -> Router:
+        """The router's constants at a step: gamma has moved once for every evaluation before it."""
+        if not self._gamma:
+            return self.router
+        return dataclasses.replace(self.router, gamma=self._gamma[step // (self.config.train.evaluate_every or 1)])
+
+    def _gammas(self) -> dict[int, jax.Array]:
+        """Dynamic gamma after each evaluation. The experts are frozen, and with them their losses on held-out rows."""
+        held = [row for part in self.rows.validation.values() for row in part]
+        count, every = len(self.names), self.config.train.evaluate_every or 1
+        zeros = jax.tree.map(jnp.zeros_like, trained_experts(self.experts))
+        config, dtype = self.backbone.config, self.dtype
+
+        @jax.jit
+        def sums(params: Any, base: Any, experts: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+            return expert_sums(params, base, experts, config, batch, dtype=dtype), supervised_counts(batch, count)
+
+        losses = []
+        for params in (trained_experts(self.experts), zeros):
+            total = np.zeros((2, count))
+            shared = dict.fromkeys(self.names, held)
+            for batch in validation_batches(shared, self.config.evaluate.batch_size, pad_id(self.backbone)):
+                total += np.asarray(sums(params, self.base, self.experts, batch.arrays()))
+            losses.append((total[0] / total[1]).tolist())
+        found = {0: self.router.gamma}
+        for number in range(1, self.total // every + 1):
+            found[number] = dynamic_gamma(found[number - 1], losses[0], losses[1])
+        return found
+
+
+def _steps_of_epochs(batches: TrainingBatches, epochs: float) -> int:
+    """Steps of so many epochs of the largest objective; the others repeat, which is said where it is much."""
+    total = max(order.steps(epochs) for order in batches.orders.values())
+    seen = {name: epochs * total / order.steps(epochs) for name, order in batches.orders.items()}
+    if max(seen.values()) > 1.5 * min(seen.values()):
+        log.warning("train.epochs: %s", ", ".join(f"{name} is seen {times:.1f} times" for name, times in seen.items()))
+    return total
+
+
+def calibrate(
+    config: RunConfig, backbone: Backbone, experts: Any, router: Router, rows: dict[str, list[Encoded]]
+) -> Router:
+    """The router with the temperature that fits the objective id on held-out rows (METHOD 4)."""
+    flat = [e for part in rows.values() for e in part]
+    labels = np.repeat(np.arange(len(rows)), [len(part) for part in rows.values()])
+
+    @jax.jit
+    def router_logits(base: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        _, aux, _ = hidden_states(
+            base, backbone.config, tokens, mask, experts=experts, router=router, dtype=jnp.dtype(config.dtype)
+        )
+        return token_routing(aux, "z")
+
+    z: dict[int, np.ndarray] = {}
+    for index, batch in evaluation_batches(flat, labels.tolist(), config.evaluate.batch_size, pad_id(backbone)):
+        found = np.asarray(router_logits(backbone.params, batch.tokens, batch.mask))
+        for row, i in enumerate(index):
+            z[int(i)] = selected(found[row][batch.mask[row]], router.config.top_k)
+    temperature = calibrated_temperature([z[i] for i in range(len(flat))], labels, float(router.temperature))
+    return dataclasses.replace(router, temperature=jnp.asarray(temperature, jnp.float32))
