@@ -183,7 +183,7 @@ def test_experts_from_elsewhere_are_copied_and_kept_apart(capsys, tiny_run: Path
         file = Path("experts") / name / "expert.safetensors"
         assert (out / file).read_bytes() == (tiny_run / file).read_bytes()
     assert run(capsys, "report", out)[0] == 0
-    assert "begun with other settings" in refused(capsys, "train-experts", tiny_config, "--out", out)
+    assert "experts were copied from" in refused(capsys, "train-experts", tiny_config, "--out", out)
     said = refused(capsys, "train-router", router, "--out", tiny_run, "--experts.from", out)
     assert "other settings" in said
 

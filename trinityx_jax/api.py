@@ -16,7 +16,7 @@ from trinityx_jax.generation.decode import combine
 from trinityx_jax.mocae import Router, hidden_states, token_routing
 from trinityx_jax.mocae.router import init_router as new_router
 from trinityx_jax.mocae.router import preset as named_preset
-from trinityx_jax.runs import check_base
+from trinityx_jax.runs import check_base, gamma_reference
 
 
 def init_router(
@@ -33,7 +33,8 @@ def init_router(
     for name, vector in experts.items():
         check_base(f"expert {name!r}", vector.origin.get("base"), backbone.fingerprint)
     mocae = named_preset(preset, **changes)
-    static = gamma(experts, similarity=mocae.gamma_similarity)
+    against = gamma_reference(mocae, experts, backbone.config)
+    static = gamma(experts, against, mocae.gamma_similarity, mocae.gamma_floor)
     return new_router(backbone.config, list(experts), static, mocae, seed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +229,33 @@ def expert_folders(path: Path) -> dict[str, Path]:
         raise UserError(f"{path}: holds no expert (no expert.json, no adapter_config.json)")
     order += sorted(found.keys() - set(order))
     return {name: found[name] for name in order if name in found}
+
+
+def with_paths(
+    vectors: Mapping[str, TaskVector], names: Iterable[str], flag: str, config: BackboneConfig | None = None
+) -> dict[str, TaskVector]:
+    """Experts by name, those added that ``names`` gives as a path to one expert or adapter (of a base's depth).
+
+    Raises:
+        UserError: a name is neither, or a path holds several.
+    """
+    out = dict(vectors)
+    for name in names:
+        if name in out:
+            continue
+        if not Path(name).is_dir():
+            raise UserError(f"{flag}: there is no expert {name!r} (experts: {', '.join(vectors)})")
+        found = load_experts(name, config=config)
+        if len(found) > 1:
+            raise UserError(f"{flag}: {name} holds several experts ({', '.join(found)}); give the folder of one")
+        out[name] = next(iter(found.values()))
+    return out
+
+
+def gamma_reference(mocae: MoCaEConfig, vectors: Mapping[str, TaskVector], config: BackboneConfig) -> TaskVector | None:
+    """What gamma compares experts with: one of ``vectors`` or an expert's folder; None is their mean."""
+    name = mocae.gamma_reference
+    return None if name is None else with_paths(vectors, [name], "mocae.gamma_reference", config)[name]
 
 
 def save_router(router: Router, out: Path, base: str) -> None:

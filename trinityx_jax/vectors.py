@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trinityx_jax.backbone import BackboneConfig
 from trinityx_jax.config import NAME
 from trinityx_jax.convert import export
 from trinityx_jax.convert.cards import Facts
@@ -21,7 +20,7 @@ from trinityx_jax.experts import MergeRule, TaskVector, dynamic_gamma, gamma, na
 from trinityx_jax.experts.merge import Weight
 from trinityx_jax.exports import check_apart, facts_of
 from trinityx_jax.files import read_json
-from trinityx_jax.runs import RunFolder, check_base, expert_folders, load_experts, save_expert
+from trinityx_jax.runs import RunFolder, check_base, expert_folders, load_experts, save_expert, with_paths
 
 _FILES = {"expert.json", "expert.safetensors"}
 
@@ -38,27 +37,6 @@ def choose(vectors: Mapping[str, TaskVector], name: str | None) -> tuple[str, Ta
     if name not in vectors:
         raise UserError(f"--expert: there is no expert {name!r} (experts: {', '.join(vectors)})")
     return name, vectors[name]
-
-
-def with_paths(
-    vectors: Mapping[str, TaskVector], names: Sequence[str], flag: str, config: BackboneConfig | None = None
-) -> dict[str, TaskVector]:
-    """Experts by name, those added that ``names`` gives as a path to one expert or adapter (of a base's depth).
-
-    Raises:
-        UserError: a name is neither, or a path holds several.
-    """
-    out = dict(vectors)
-    for name in names:
-        if name in out:
-            continue
-        if not Path(name).is_dir():
-            raise UserError(f"{flag}: there is no expert {name!r} (experts: {', '.join(vectors)})")
-        found = load_experts(name, config=config)
-        if len(found) > 1:
-            raise UserError(f"{flag}: {name} holds several experts ({', '.join(found)}); give the folder of one")
-        out[name] = next(iter(found.values()))
-    return out
 
 
 def scaled(src: str, out: str, factor: float, name: str | None) -> None:

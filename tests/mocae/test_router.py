@@ -95,7 +95,8 @@ def test_presets_are_the_ones_of_the_method() -> None:
         "temperature": 0.7, "top_k": None, "router_scope": "layer", "weight": "convex", "mixing": "outputs",
         "output": "prenorm", "dropout": 0.0, "gamma_similarity": "cosine", "entropy": "batch_diversity",
         "kl": "step", "lambda_entropy": 0.1, "lambda_kl": 0.01, "lambda_gate": 0.1, "train_gamma": False,
-        "train_norm": False, "attention_deltas": None,
+        "train_norm": False, "attention_deltas": None, "gamma_reference": None, "gamma_floor": None,
+        "gamma_dynamic": False,
     }  # fmt: skip
     literal = {
         "router_scope": "shared", "weight": "product", "output": "layernorm", "gamma_similarity": "inner",
@@ -227,6 +228,7 @@ def test_every_field_changes_a_training_step(
 
 def test_no_field_is_left_out() -> None:
     tested = {field for field, _, _ in CHANGES} | {"attention_deltas"}
+    tested |= {"gamma_reference", "gamma_floor", "gamma_dynamic"}  # tests/training/test_router_stage.py
     assert tested == {f.name for f in dataclasses.fields(MoCaEConfig)}
 
 

@@ -232,10 +232,18 @@ def _starts(segments: jax.Array) -> jax.Array:
 
 def unembed(params: Params, config: BackboneConfig, hidden: jax.Array) -> jax.Array:
     """Hidden states [...,D] to float32 logits [...,V], as a product of operands of the narrower dtype."""
-    tied = config.tie_embeddings
-    table = params["embed"]["embedding"] if tied else params["lm_head"]["kernel"]
-    narrow = min(hidden.dtype, table.dtype, key=lambda dtype: dtype.itemsize)
-    return matmul(hidden.astype(jnp.float32), table, narrow, tied)
+    return _vocabulary(params, config, hidden.astype(jnp.float32), hidden.dtype, config.tie_embeddings)
+
+
+def unembed_transposed(params: Params, config: BackboneConfig, slope: jax.Array, dtype: Any) -> jax.Array:
+    """What ``unembed`` gives back for a slope [...,V] of its logits: [...,D] in ``dtype``."""
+    return _vocabulary(params, config, slope, jnp.dtype(dtype), not config.tie_embeddings).astype(dtype)
+
+
+def _vocabulary(params: Params, config: BackboneConfig, x: jax.Array, dtype: Any, transposed: bool) -> jax.Array:
+    table = params["embed"]["embedding"] if config.tie_embeddings else params["lm_head"]["kernel"]
+    narrow = min(dtype, table.dtype, key=lambda kind: kind.itemsize)
+    return matmul(x, table, narrow, transposed)
 
 
 def abstract_params(config: BackboneConfig) -> Any:

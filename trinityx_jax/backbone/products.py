@@ -13,9 +13,23 @@ from jax.ad_checkpoint import checkpoint_name
 KEPT = "kept"  # the name under which ``kept`` values are known to checkpoint policies
 
 
-def kept(x: jax.Array) -> jax.Array:
-    """``x``, marked as worth its memory until the backward pass where cheaper values are made again."""
-    return checkpoint_name(x, KEPT)
+def kept(x: jax.Array, dtype: Any = None) -> jax.Array:
+    """``x``, marked as worth its memory until the backward pass where cheaper values are made again.
+
+    Args:
+        dtype: that it is rounded to and kept in; None is its own.
+    """
+    if dtype is None or jnp.dtype(dtype).itemsize >= x.dtype.itemsize:
+        return checkpoint_name(x, KEPT)
+    return _rounded(x, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    return unpacked(checkpoint_name(bits(x.astype(dtype)), KEPT)).astype(x.dtype)
+
+
+_rounded.defvjp(lambda x, dtype: (_rounded(x, dtype), None), lambda dtype, _, g: (g,))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -149,7 +149,7 @@ def delta_grouped(
         grouped = jnp.where(kept(_passes(dropout, index, grouped.shape, rate)), grouped / (1.0 - rate), 0.0).astype(
             x.dtype
         )
-    low = matmul(grouped, site["a"], dtype) * site["scale"].astype(x.dtype)[:, None, None, None]
+    low = kept(matmul(grouped, site["a"], dtype)) * site["scale"].astype(x.dtype)[:, None, None, None]
     return matmul(low, site["b"], dtype).reshape(*x.shape[:-1], -1)
 
 

@@ -38,8 +38,8 @@ def mixture(
     Returns:
         [B,S,D] in u's dtype.
     """
-    gate, up = kept(linear(mlp["gate"], u)), kept(linear(mlp["up"], u))  # [B,S,F]
     narrow = mlp["gate"]["kernel"].dtype
+    gate, up = kept(linear(mlp["gate"], u), narrow), kept(linear(mlp["up"], u), narrow)  # [B,S,F]
     # The backward pass needs gate, up and u anyway; the E branches are cheaper made again than kept.
     branches = jax.checkpoint(_branches, static_argnums=(5, 6, 7))
     mixed, low = branches(gate, up, u, experts, alpha, activation, anchored, narrow)
@@ -147,7 +147,7 @@ def grouped_feed_forward(config: BackboneConfig, dropout: float = 0.0) -> FeedFo
                 return y
             return y + lora.delta_grouped(layer["experts"][name], x, mlp[name]["kernel"].dtype, keys, dropout, index)
 
-        gate, up = kept(site("gate", u, 0)), kept(site("up", u, 1))
+        gate, up = (kept(site(name, u, i), mlp[name]["kernel"].dtype) for i, name in enumerate(("gate", "up")))
         return h + site("down", act(gate) * up, 2), None
 
     return apply

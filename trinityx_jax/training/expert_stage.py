@@ -160,25 +160,28 @@ class _Group:
 
     def train(self, run: RunFolder) -> dict[str, TaskVector]:
         """The group's experts, from the newest checkpoint on."""
-        keep_best = self.config.train.patience is not None
-        params = jax.tree.map(jnp.copy, trained_experts(self.experts))
-        state = expert_state(params, self.optimizer, keep_best)
         folder = run.path / "checkpoints" / self.label.replace("/", "-")
         checkpoints = Checkpoints(folder, self.config.checkpoint)
         state = run_steps(
-            state, self, max(self.totals.values()), stage=self.label, metrics_path=run.metrics_path,
+            self.start(), self, max(self.totals.values()), stage=self.label, metrics_path=run.metrics_path,
             checkpoints=checkpoints, max_skipped=self.config.train.max_skipped,
         )  # fmt: skip
         checkpoints.close()
         for name, skipped in zip(self.names, state.skipped.tolist(), strict=True):
             if skipped:
                 log.warning("expert %s: %d steps were not finite and changed nothing", name, skipped)
+        return self.vectors(state)
+
+    def start(self) -> TrainState:
+        """The state before the first step."""
+        params = jax.tree.map(jnp.copy, trained_experts(self.experts))
+        return expert_state(params, self.optimizer, keep_best=self.config.train.patience is not None)
+
+    def vectors(self, state: TrainState) -> dict[str, TaskVector]:
+        """The experts that a state stands for: the best ones where they are kept."""
+        e = self.config.experts
         done = with_trained(self.experts, state.params if state.best is None else state.best)
-        origin = {
-            "base": self.backbone.fingerprint,
-            "rank": self.config.experts.rank,
-            "alpha": self.config.experts.alpha,
-        }
+        origin = {"base": self.backbone.fingerprint, "rank": e.rank, "alpha": e.alpha}
         return {
             name: TaskVector(vector.sites, {**origin, "steps": self.totals[name], "objective": name})
             for name, vector in zip(self.names, unstack(done), strict=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from trinityx_jax.experts import ATTENTION, TaskVector, dynamic_gamma, gamma, st
 from trinityx_jax.mocae import Router, hidden_states, init_router, token_routing
 from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.calibration import calibrated_temperature, selected
-from trinityx_jax.runs import RunFolder, load_experts, save_router
+from trinityx_jax.runs import RunFolder, gamma_reference, save_router
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.optimizer import make_optimizer
@@ -74,7 +73,8 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
         raise UserError("mocae.gamma_dynamic: train.evaluate_every is needed, gamma moves after each evaluation")
     if config.train.evaluate_every is not None and not mocae.gamma_dynamic:
         raise UserError("train.evaluate_every: has no effect on stage 'router' without mocae.gamma_dynamic; remove it")
-    static = gamma(own, _reference(config, backbone, vectors), mocae.gamma_similarity, mocae.gamma_floor)
+    against = gamma_reference(mocae, vectors, backbone.config)
+    static = gamma(own, against, mocae.gamma_similarity, mocae.gamma_floor)
     rows = load_training_rows(config, backbone)
     run = RunFolder(config.out)
     run.open(backbone, config.model)
@@ -95,19 +95,6 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     }
     run.finish("router", **facts)
     return router
-
-
-def _reference(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector]) -> TaskVector | None:
-    """What gamma compares the experts with: None is their mean."""
-    name = config.mocae_config().gamma_reference
-    if name is None or name in vectors:
-        return None if name is None else vectors[name]
-    if not Path(name).exists():
-        raise UserError(f"mocae.gamma_reference: {name!r} is no expert ({', '.join(vectors)}) and no folder")
-    found = load_experts(name, backbone.fingerprint, backbone.config)
-    if len(found) > 1:
-        raise UserError(f"mocae.gamma_reference: {name} holds several experts ({', '.join(found)}); name one's folder")
-    return next(iter(found.values()))
 
 
 def _own_experts(config: RunConfig, run: RunFolder, vectors: Mapping[str, TaskVector]) -> None:
