@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trinityx_jax.data.batching import Batch, RowOrder, TrainingBatches, evaluation_batches, make_batch
+from trinityx_jax.data.batching import Batch, RowOrder, TrainingBatches, bucket, evaluation_batches, make_batch
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 
@@ -110,7 +110,31 @@ def test_rows_of_like_length_go_together() -> None:
     waste = [1 - batches[k].token_count / batches[k].tokens.size for k in range(40)]
     shuffled = draw.permutation(320).reshape(40, 8)
     lengths = np.array([len(r.ids) for r in rows["x"]])[shuffled]
-    assert np.mean(waste) < 0.65 * np.mean(1 - lengths.mean(axis=1) / (-(-lengths.max(axis=1) // 32) * 32))
+    padded = np.array([bucket(int(n)) for n in lengths.max(axis=1)])
+    assert np.mean(waste) < 0.65 * np.mean(1 - lengths.mean(axis=1) / padded)
+
+
+def test_lengths_fall_into_few_buckets_and_waste_little() -> None:
+    sizes = [bucket(n) for n in range(1, 4097)]
+    assert all(n <= size < n + max(32, n / 2) for n, size in enumerate(sizes, 1))
+    assert len(set(sizes)) <= 16
+    assert set(sizes) >= {32, 64, 96, 128, 256, 512, 4096}
+
+
+@given(st.lists(st.integers(1, 32), min_size=1, max_size=60), st.integers(1, 5))
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_packing_serves_every_row_once_an_epoch_and_overfills_nothing(lengths: list[int], size: int) -> None:
+    order = RowOrder(lengths, size, 0, "x", capacity=32)
+    first, second = order.steps(1), order.steps(2)
+    for steps in (range(first), range(first, second)):
+        slots = [slot for step in steps for slot in order.slots(step)]
+        assert sorted(np.concatenate(slots).tolist()) == list(range(len(lengths)))
+        filled = [sum(lengths[i] for i in slot) for slot in slots]
+        assert max(filled) <= 32
+        assert sum(f <= 16 for f in filled) <= 1  # two half-empty slots would have been one
+        assert all(len(order.slots(step)) <= size for step in steps)
+    again = RowOrder(lengths, size, 0, "x", capacity=32)
+    assert [s.tolist() for s in again.slots(second - 1)] == [s.tolist() for s in order.slots(second - 1)]
 
 
 rows_strategy = st.lists(
@@ -141,8 +165,8 @@ def test_where_and_labels_are_exactly_the_answers(rows: list[Encoded | None], pa
         assert batch.tokens.ravel()[where[own] + 1].tolist() == labels[own].tolist()
         assert (where[own] % size).tolist() == list(range(r.prompt_length - 1, count - 1))
     assert len(where) == sum(len(r.ids) - r.prompt_length for r in rows if r is not None)
-    assert len(batch.where) == len(batch.labels) == len(batch.valid) <= batch.tokens.size
-    assert len(batch.where) % (batch.tokens.size // 4) == 0
+    assert len(batch.where) == len(batch.labels) == len(batch.valid) == batch.tokens.size
+    assert not np.any(batch.valid[len(where) :])  # first come the valid ones
     assert {k: v.dtype for k, v in batch.arrays().items()} == {
         "tokens": np.int32, "mask": bool, "where": np.int32, "labels": np.int32, "valid": bool, "objective": np.int32,
     }  # fmt: skip

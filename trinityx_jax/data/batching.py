@@ -14,16 +14,15 @@ import numpy as np
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 
-MULTIPLE = 32  # batch lengths are rounded up to this, so that few shapes are compiled
-TARGET_PARTS = 4  # supervised positions are rounded up to quarters of the batch, likewise
-WINDOW = 8  # batches whose rows are sorted by length
+SHORTEST = 32  # a batch's length, at least
+WINDOW = 16  # batches whose rows are sorted by length
 PREFETCH = 4  # batches made ahead
 Slot = Sequence[Encoded]  # what stands in one row of a batch: nothing, one row of data, or several packed
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Arrays of one batch: B rows, S positions, N supervised positions (padded; ``valid`` says which).
+    """Arrays of one batch: B rows, S positions, N = B S places for supervised positions (``valid`` ones first).
 
     ``where`` are flat indices row * S + t of the hidden state that predicts ``labels``; supervised
     positions are chosen by place in the row, never by token id. Where gradients are accumulated, every
@@ -47,9 +46,10 @@ class Batch:
         return int((self.mask > 0).sum())
 
 
-def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple that is at least ``value``."""
-    return -(-value // multiple) * multiple
+def bucket(length: int) -> int:
+    """A length rounded up to a quarter of the next power of two, so that few shapes are compiled."""
+    step = max(SHORTEST, 2 ** max(length - 1, 1).bit_length() // 4)
+    return -(-max(length, 1) // step) * step
 
 
 def make_batch(
@@ -65,7 +65,7 @@ def make_batch(
         rows: an example each; with ``packed``, several to be put one after another.
     """
     slots: list[Slot] = [() if r is None else (r,) if isinstance(r, Encoded) else r for r in rows]
-    size = length or round_up(max((_tokens(slot) for slot in slots), default=0) or 1, MULTIPLE)
+    size = length or bucket(max((_tokens(slot) for slot in slots), default=0))
     tokens = np.full((len(slots), size), pad_id, np.int32)
     segments = np.zeros((len(slots), size), np.int32)
     where: list[np.ndarray] = [np.zeros(0, int)]
@@ -79,8 +79,8 @@ def make_batch(
             labels.append(row.ids[row.prompt_length :])
             start = end
     flat = np.concatenate(where)
-    capacity = round_up(max(len(flat), 1), -(-tokens.size // TARGET_PARTS))
-    out_where, out_labels, valid = np.zeros(capacity, np.int32), np.zeros(capacity, np.int32), np.zeros(capacity, bool)
+    out_where, out_labels = np.zeros(tokens.size, np.int32), np.zeros(tokens.size, np.int32)
+    valid = np.zeros(tokens.size, bool)
     out_where[: len(flat)], out_labels[: len(flat)], valid[: len(flat)] = flat, np.concatenate(labels), True
     mask = segments if packed else segments > 0
     return Batch(tokens, mask, out_where, out_labels, valid, np.asarray(objective, np.int32))
@@ -93,7 +93,7 @@ def _tokens(slot: Slot) -> int:
 class RowOrder:
     """Which rows step k of one objective takes, for any k: planned anew each epoch, by name and seed.
 
-    Rows of like length go together (a shuffle, then a sort within windows of 8 batches), so padding
+    Rows of like length go together (a shuffle, then a sort within windows of 16 batches), so padding
     stays small; or shuffled rows are packed, each into the slot that it fills best. Epochs do not straddle
     a batch; a short last batch is filled with empty rows.
     """
@@ -184,7 +184,7 @@ class TrainingBatches:
     def batch(self, step: int, names: tuple[str, ...]) -> Batch:
         """Batch ``step`` of some of the objectives; what one is served does not depend on the others."""
         served = {name: self.slots(step, name) for name in names}
-        length = self.pack or round_up(max(_tokens(s) for own in served.values() for s in own) or 1, MULTIPLE)
+        length = self.pack or bucket(max(_tokens(s) for own in served.values() for s in own))
         index = {name: i for i, name in enumerate(self.rows)}
         share = self.batch_size // self.accumulate
         objective = [index[name] for name in names for _ in range(share)]
@@ -211,14 +211,8 @@ class TrainingBatches:
 
 
 def _stacked(parts: Sequence[Batch]) -> Batch:
-    """Batches of one shape with a new axis first; supervised positions are padded to the longest's."""
-    most = max(len(part.where) for part in parts)
-
-    def padded(name: str, value: np.ndarray) -> np.ndarray:
-        return np.pad(value, (0, most - len(value))) if name in ("where", "labels", "valid") else value
-
-    fields = parts[0].arrays()
-    return Batch(**{name: np.stack([padded(name, getattr(part, name)) for part in parts]) for name in fields})
+    """Batches of one shape with a new axis first."""
+    return Batch(**{name: np.stack([getattr(part, name) for part in parts]) for name in parts[0].arrays()})
 
 
 def evaluation_batches(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trinityx_jax.backbone import Backbone
+from trinityx_jax.backbone.products import activations, packed
 from trinityx_jax.data.batching import evaluation_batches
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.mocae import Router, hidden_states, token_routing
@@ -34,12 +35,13 @@ class Scorer:
 
     def __init__(self, backbone: Backbone, experts: Any, dtype: str, batch_size: int):
         self.backbone, self.experts, self.batch_size = backbone, experts, batch_size
-        config, kind = backbone.config, jnp.dtype(dtype)
+        config, kind = backbone.config, activations(dtype)
+        self.base = packed(backbone.params)
 
         def row_nll(base: Any, hidden: jax.Array, batch: Any) -> jax.Array:
-            nll = supervised_nll(base, config, hidden, batch["where"], batch["labels"])
+            nll = supervised_nll(base, config, hidden, batch)
             rows, length = batch["tokens"].shape
-            return jax.ops.segment_sum(nll * batch["valid"], batch["where"] // length, rows)
+            return jax.ops.segment_sum(nll, batch["where"] // length, rows)
 
         @jax.jit
         def static(base: Any, experts: Any, weights: jax.Array, batch: Any) -> jax.Array:
@@ -80,10 +82,10 @@ class Scorer:
         for index, batch in evaluation_batches(rows, [0] * len(rows), self.batch_size, 0):
             arrays, own = batch.arrays(), slice(0, len(index))
             if router is None:
-                found = self._static(self.backbone.params, self.experts, jnp.asarray(weights, jnp.float32), arrays)
+                found = self._static(self.base, self.experts, jnp.asarray(weights, jnp.float32), arrays)
                 nll[index] = np.asarray(found)[own]
             else:
-                found, pi, layers = self._routed(self.backbone.params, self.experts, router, arrays)
+                found, pi, layers = self._routed(self.base, self.experts, router, arrays)
                 nll[index] = np.asarray(found)[own]
                 for row, i in enumerate(index):
                     token_pi[int(i)] = np.asarray(pi[row])[batch.mask[row]]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trinityx_jax.backbone import Backbone, BackboneConfig
-from trinityx_jax.data.batching import MULTIPLE, round_up
+from trinityx_jax.data.batching import bucket
 from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.generation.decode import BATCH, generate_ids, prompt_ids, stored_dtype
 from trinityx_jax.generation.sampling import Sampling
@@ -72,7 +72,7 @@ def answer_routing(
         parts = [slice(i, i + BATCH) for i in range(0, len(prompts), BATCH)]
         found = [answer_routing(backbone, vectors, router, prompts[p], answers[p], dtype) for p in parts]
         return [row for part in found for row in part]
-    size = round_up(max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)), MULTIPLE)
+    size = bucket(max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)))
     tokens, mask = np.zeros((len(prompts), size), np.int32), np.zeros((len(prompts), size), bool)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids = [*prompt, *answer]

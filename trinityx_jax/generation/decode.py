@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from trinityx_jax.backbone import Backbone, BackboneConfig, empty_cache, unembed
-from trinityx_jax.data.batching import round_up
 from trinityx_jax.data.objectives import Example
 from trinityx_jax.data.templates import encode_prompts
 from trinityx_jax.errors import UserError
@@ -99,7 +98,7 @@ def generate_ids(
         parts = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
         return [row for i, part in enumerate(parts) for row in generate_ids(backbone, part, seed=seed + i, **options)]
     stacked, static = combine(backbone.config, experts, router, weights)
-    size = round_up(max(len(p) for p in prompts), PROMPT_MULTIPLE)
+    size = -(-max(len(p) for p in prompts) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     limit = backbone.config.max_position_embeddings
     if max(len(p) for p in prompts) + max_new_tokens > limit:
         raise UserError(f"a prompt and {max_new_tokens} new tokens are more than the model's {limit} positions")

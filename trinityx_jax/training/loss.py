@@ -16,19 +16,23 @@ CHUNK = 256  # positions whose logits [CHUNK,V] are in memory at once
 
 
 def supervised_nll(
-    base: Mapping[str, Any], config: BackboneConfig, hidden: jax.Array, where: jax.Array, labels: jax.Array
+    base: Mapping[str, Any], config: BackboneConfig, hidden: jax.Array, batch: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """Negative log-likelihood [N] of ``labels`` [N] at flat positions ``where`` of hidden [B,S,D].
+    """Negative log-likelihood [N] of a batch's labels under hidden [B,S,D], 0 where they are not valid.
 
-    The base is frozen: it gets no gradient.
+    Only the chunks that hold valid positions, which come first, are computed. The base is frozen: it gets no
+    gradient.
     """
-    picked = hidden.reshape(-1, hidden.shape[-1])[where]
-    return _nll(config, jax.lax.stop_gradient(base), picked, labels)
+    picked = hidden.reshape(-1, hidden.shape[-1])[batch["where"]]
+    nll = _nll(config, jax.lax.stop_gradient(base), picked, batch["labels"], jnp.sum(batch["valid"]))
+    return jnp.where(batch["valid"], nll, 0.0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(config: BackboneConfig, base: Mapping[str, Any], picked: jax.Array, labels: jax.Array) -> jax.Array:
-    return _chunked(lambda h, own: _chunk(config, base, h, own)[0], picked, labels)
+def _nll(
+    config: BackboneConfig, base: Mapping[str, Any], picked: jax.Array, labels: jax.Array, count: jax.Array
+) -> jax.Array:
+    return _chunked(lambda h, own: _chunk(config, base, h, own)[:1], picked, labels, count)[0]
 
 
 def _chunk(config: BackboneConfig, base: Mapping[str, Any], h: jax.Array, labels: jax.Array) -> tuple:
@@ -38,7 +42,9 @@ def _chunk(config: BackboneConfig, base: Mapping[str, Any], h: jax.Array, labels
     return norm - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0], logits, norm
 
 
-def _forward(config: BackboneConfig, base: Any, picked: jax.Array, labels: jax.Array) -> tuple[jax.Array, tuple]:
+def _forward(
+    config: BackboneConfig, base: Any, picked: jax.Array, labels: jax.Array, count: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array]]:
     """Loss and slope of a chunk at once, so that no logits are kept and none are made twice."""
 
     def both(h: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -46,30 +52,37 @@ def _forward(config: BackboneConfig, base: Any, picked: jax.Array, labels: jax.A
         slope = jnp.exp(logits - norm[:, None]) - jax.nn.one_hot(own, logits.shape[-1])
         return nll, unembed_transposed(base, config, slope, h.dtype)
 
-    nll, slope = _chunked(both, picked, labels)
+    nll, slope = _chunked(both, picked, labels, count)
     return nll, (slope,)
 
 
 def _backward(config: BackboneConfig, kept: tuple[jax.Array], g: jax.Array) -> tuple:
     (slope,) = kept
-    return None, (g[:, None] * slope).astype(slope.dtype), None
+    return None, (g[:, None] * slope).astype(slope.dtype), None, None
 
 
 _nll.defvjp(_forward, _backward)
 
 
-def _chunked(function: Any, picked: jax.Array, labels: jax.Array) -> Any:
-    """``function`` of picked [N,D] and labels [N], of at most CHUNK positions at a time."""
-    count = labels.shape[0]
-    chunks = -(-count // CHUNK)
-    if chunks == 1:
-        return function(picked, labels)
-    size = -(-count // chunks)
-    grow = chunks * size - count
-    picked = jnp.pad(picked, ((0, grow), (0, 0))).reshape(chunks, size, -1)
-    labels = jnp.pad(labels, (0, grow)).reshape(chunks, size)
-    found = jax.lax.map(lambda part: function(*part), (picked, labels))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
+def _chunked(function: Any, picked: jax.Array, labels: jax.Array, count: jax.Array) -> Any:
+    """``function`` of picked [N,D] and labels [N] in chunks, of the first ``count`` positions; 0 in later chunks."""
+    size = min(CHUNK, labels.shape[0])
+    whole = -(-labels.shape[0] // size) * size
+    picked = jnp.pad(picked, ((0, whole - labels.shape[0]), (0, 0)))
+    own = jnp.pad(labels, (0, whole - labels.shape[0]))
+
+    def slices(start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return tuple(jax.lax.dynamic_slice_in_dim(x, start, size) for x in (picked, own))  # type: ignore[return-value]
+
+    def body(index: jax.Array, out: Any) -> Any:
+        found = function(*slices(index * size))
+        put = jax.lax.dynamic_update_slice_in_dim
+        return jax.tree.map(lambda x, y: put(x, y, index * size, axis=0), out, found)
+
+    shapes = jax.eval_shape(function, *slices(jnp.zeros((), jnp.int32)))
+    out = jax.tree.map(lambda x: jnp.zeros((whole, *x.shape[1:]), x.dtype), shapes)
+    out = jax.lax.fori_loop(0, -(-count // size), body, out)
+    return jax.tree.map(lambda x: x[: labels.shape[0]], out)
 
 
 def sum_by_group(values: jax.Array, valid: jax.Array, group: jax.Array, groups: int) -> jax.Array:

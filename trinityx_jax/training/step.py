@@ -71,7 +71,7 @@ def expert_sums(
     project = grouped_attention(dropout) if attention else None
     decoder = Decoder(config, grouped_feed_forward(config, dropout), dtype, remat, project)
     hidden: Any = decoder.apply({"params": base}, batch["tokens"], batch["mask"], inputs)[0]
-    nll = supervised_nll(base, config, hidden, batch["where"], batch["labels"])
+    nll = supervised_nll(base, config, hidden, batch)
     return sum_by_group(nll, batch["valid"], _group(batch, count), count)
 
 
@@ -200,8 +200,8 @@ def router_loss(
         base, config, batch["tokens"], batch["mask"], experts=experts, router=router, dtype=dtype,
         dropout=dropout, remat=remat,
     )  # fmt: skip
-    nll = supervised_nll(base, config, hidden, batch["where"], batch["labels"])
-    task = jnp.sum(nll * batch["valid"]) / jnp.maximum(jnp.sum(batch["valid"]), 1)
+    nll = supervised_nll(base, config, hidden, batch)
+    task = jnp.sum(nll) / jnp.maximum(jnp.sum(batch["valid"]), 1)
     pi, mask = token_routing(aux), batch["mask"]
     mean = losses.mean_routing(pi, mask)
     parts = {
