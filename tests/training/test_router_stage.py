@@ -1,0 +1,98 @@
+"""Stage 2's gamma: by reference, with a floor, and moving with held-out losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import trinityx_jax as tx
+from trinityx_jax.config import RunConfig, load_config
+from trinityx_jax.errors import UserError
+from trinityx_jax.runs import open_run
+from trinityx_jax.training.router_stage import train_router
+from trinityx_jax.training.rows import load_training_rows
+
+NAMES = ("helpful", "harmless", "honest")
+
+
+def configure(tiny_config: Path, out: Path, mocae: dict[str, Any], *flags: str) -> RunConfig:
+    switches = [part for key, value in mocae.items() for part in (f"--mocae.{key}", json.dumps(value))]
+    held = [part for name in NAMES for part in (f"--data.{name}.validation", "0.2")]
+    path = tiny_config.with_name("router.yaml")
+    return load_config(path, ["--out", str(out), "--train.steps", "4", *held, *switches, *flags], "router")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Path) -> Any:
+    return open_run(tiny_run)
+
+
+def test_gamma_takes_a_reference_and_a_floor(run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+    for name, switches, reference, floor in (
+        ("name", {"gamma_reference": "honest"}, run.vectors["honest"], None),
+        ("path", {"gamma_reference": str(tiny_run / "experts" / "honest")}, run.vectors["honest"], None),
+        ("floor", {"gamma_reference": "honest", "gamma_floor": 0.4}, run.vectors["honest"], 0.4),
+    ):
+        config = configure(tiny_config, tmp_path / name, switches, "--experts.from", str(tiny_run))
+        router = train_router(config, run.backbone, run.vectors)
+        expected = tx.gamma(run.vectors, reference, floor=floor)
+        np.testing.assert_allclose(router.gamma, expected, rtol=1e-6)
+        np.testing.assert_allclose(tx.load_router(tmp_path / name).gamma, expected, rtol=1e-6)
+        built = tx.init_router(run.backbone, run.vectors, **switches)
+        np.testing.assert_allclose(built.gamma, expected, rtol=1e-6)
+    with pytest.raises(UserError, match="gamma_reference: there is no expert 'kind'"):
+        train_router(configure(tiny_config, tmp_path / "x", {"gamma_reference": "kind"}), run.backbone, run.vectors)
+    assert not (tmp_path / "x").exists()
+
+
+def test_dynamic_gamma_follows_the_loss_of_each_expert_over_the_base_s(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    flags = ("--train.evaluate_every", "2", "--experts.from", str(tiny_run))
+    config = configure(tiny_config, tmp_path / "run", {"gamma_dynamic": True}, *flags)
+    router = train_router(config, run.backbone, run.vectors)
+    rows = [row for part in load_training_rows(config, run.backbone).validation.values() for row in part]
+    assert len(rows) > 6
+
+    def loss(weights: dict[str, float]) -> float:
+        total = 0.0
+        for row in rows:
+            logits, _ = tx.forward(run.backbone, row.ids[None], experts=run.vectors, weights=weights)
+            nll = -jax.nn.log_softmax(logits[0, :-1])[jnp.arange(len(row.ids) - 1), row.ids[1:]]
+            total += float(nll[row.prompt_length - 1 :].sum())
+        return total / sum(len(row.ids) - row.prompt_length for row in rows)
+
+    base = loss(dict.fromkeys(NAMES, 0.0))
+    gain = np.asarray([base / loss({name: 1.0}) for name in NAMES])
+    gamma = np.asarray(tx.gamma(run.vectors), np.float64)
+    for line in (json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+        if line["step"] % 2 == 0:
+            gamma = 0.9 * gamma + 0.1 * gain / gain.sum()
+            np.testing.assert_allclose([line[f"gamma/{name}"] for name in NAMES], gamma, rtol=1e-4)
+        else:
+            assert not any(key.startswith("gamma/") for key in line)
+    np.testing.assert_allclose(router.gamma, gamma, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("switches", "flags", "says"),
+    [
+        ({"gamma_dynamic": True}, (), "train.evaluate_every is needed"),
+        ({}, ("--train.evaluate_every", "2"), "has no effect on stage 'router' without mocae.gamma_dynamic"),
+        ({"gamma_dynamic": True, "train_gamma": True}, (), "gamma is trained"),
+        ({}, ("--train.accumulate", "2"), "train.accumulate: this key has no effect on stage 'router'"),
+        ({}, ("--train.packing", "true"), "train.packing: this key has no effect"),
+    ],
+)
+def test_switches_without_effect_are_refused(
+    run: Any, tiny_config: Path, tmp_path: Path, switches: dict[str, Any], flags: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        train_router(configure(tiny_config, tmp_path / "new", switches, *flags), run.backbone, run.vectors)
+    assert not (tmp_path / "new").exists()
