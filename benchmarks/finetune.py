@@ -8,6 +8,10 @@ Both sides train rank 64 on gate, up and down with AdamW and clipping, on rows c
 answers learned and prompts given. Each side is measured in every dtype it has and stands with its fastest
 one. Sides run in processes of their own and take turns step by step; a ratio is the median over rounds,
 in brackets its range. A model that is a folder with only config.json gets random weights.
+
+FLOPs are those that nobody can avoid, the same for both sides: 4 per frozen parameter and token (forward, and
+back to the input), 6 per LoRA parameter, 4 per vocabulary parameter and learned token, causal attention by half.
+On an accelerator whose peak is known they are printed as a share of it (MFU).
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import numpy as np
 from turns import Child, ratio, serve, take_turns
 
 RANK, ALPHA, LEARNING_RATE, CLIP = 64, 32.0, 5e-4, 1.0
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "v5e": 197e12, "v5 lite": 197e12, "v6e": 918e12}  # bf16, dense
 
 
 def main() -> None:
@@ -93,15 +98,34 @@ def _single(options: argparse.Namespace, model: Model, shape: tuple[int, int], f
     peaks = [child.close() for child in children]
     print(f"\n{shape[0]} x {shape[1]} tokens ({job['tokens']} real, {job['learned']} learned), rank {RANK}, one expert")
     for (side, dtype), child, own, peak in zip(sides, children, seconds, peaks, strict=True):
-        speed = job["tokens"] / float(np.median(own))
-        loss = child.facts["loss"]
-        print(f"  {side} {dtype:<14} {speed:8.0f} tokens/s   peak {peak / 2**30:5.2f} GiB   first loss {loss:.4f}")
+        seconds_each = float(np.median(own))
+        print(
+            f"  {side} {dtype:<14} {job['tokens'] / seconds_each:8.0f} tokens/s   {_flops(job, child, seconds_each)}   "
+            f"peak {child.facts.get('device_peak', peak) / 2**30:5.2f} GiB   first loss {child.facts['loss']:.4f}"
+        )
     own, peer = (_fastest(side, sides, seconds) for side in ("ours", "peft"))
     middle, low, high = ratio(seconds[peer], seconds[own])
     print(
         f"  ours {sides[own][1]} over peft {sides[peer][1]}: {middle:.2f} x tokens/s [{low:.2f}, {high:.2f}], ", end=""
     )
     print(f"{peaks[own] / peaks[peer]:.2f} x peak memory", flush=True)
+
+
+def _flops(job: dict[str, Any], child: Child, seconds: float) -> str:
+    """Achieved rate, and the share of the device's peak where that is known."""
+    rate = job["flops"] / seconds
+    peak = next((value for name, value in PEAKS.items() if name in child.facts["device"]), None)
+    return f"{rate / 1e12:7.2f} TFLOP/s" + (f"   MFU {100 * rate / peak:4.1f} %" if peak else "")
+
+
+def _step_flops(config: Any, rows: int, length: int, tokens: int, learned: int) -> float:
+    """FLOPs of one expert's step that nobody can avoid (see above)."""
+    wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    d, f, layers = config.hidden_size, config.intermediate_size, config.num_layers
+    frozen = layers * (2 * d * wide + 2 * d * narrow + 3 * d * f)
+    lora = layers * 3 * RANK * (d + f)
+    attention = 6 * layers * rows * length**2 * wide
+    return (4.0 * frozen + 6.0 * lora) * tokens + 4.0 * config.vocab_size * d * learned + attention
 
 
 def _fastest(side: str, sides: list[tuple[str, str]], seconds: list[list[float]]) -> int:
@@ -137,13 +161,17 @@ def _job(
     for index, row in enumerate(ids):
         whole[index, : len(row)] = row
     lengths = np.asarray([len(row) for row in ids])
+    from trinityx_jax.backbone import BackboneConfig
+
+    config = BackboneConfig.from_hf(json.loads((Path(model.folder) / "config.json").read_text()))
+    tokens, learned = int(lengths.sum()) // options.batches, int((lengths - prompts).sum()) // options.batches
     path = folder / f"{rows}x{length}x{experts}.npz"
     np.savez(path, tokens=whole, lengths=lengths, prompts=np.asarray(prompts))
     return {
         "model": model.folder, "random": model.random, "batches": str(path), "count": options.batches,
         "rows": rows, "experts": experts, "rank": RANK, "alpha": ALPHA, "learning_rate": LEARNING_RATE, "clip": CLIP,
-        "dropout": options.dropout, "tokens": int(lengths.sum()) // options.batches,
-        "learned": int((lengths - prompts).sum()) // options.batches,
+        "dropout": options.dropout, "tokens": tokens, "learned": learned,
+        "flops": _step_flops(config, experts * rows, length, tokens, learned),
     }  # fmt: skip
 
 

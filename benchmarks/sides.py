@@ -62,9 +62,10 @@ def ours(job: dict[str, Any], alone: bool = False) -> tuple[dict[str, Any], Work
         return {"loss": float(jnp.concatenate(losses).mean())}
 
     loss = work()["loss"]
-    for _ in range(job["count"]):  # batches may differ in compiled shapes
-        work()
-    return {"loss": loss}, work
+    work()
+    stats = jax.devices()[0].memory_stats() or {}
+    peak = {"device_peak": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+    return {"loss": loss, "device": jax.devices()[0].device_kind, **peak}, work
 
 
 def _base(job: dict[str, Any]) -> tuple[Any, Any]:
@@ -121,7 +122,13 @@ def peft(job: dict[str, Any]) -> tuple[dict[str, Any], Work]:
 
     loss = work()["loss"]
     work()
-    return {"loss": loss}, work
+    if device == "cpu":
+        return {"loss": loss, "device": "cpu"}, work
+    return {
+        "loss": loss,
+        "device": torch.cuda.get_device_name(),
+        "device_peak": torch.cuda.max_memory_allocated(),
+    }, work
 
 
 def _torch_model(job: dict[str, Any], dtype: Any) -> Any:

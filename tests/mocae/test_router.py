@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -32,12 +31,8 @@ GAMMA = np.array([0.4, 0.1, 0.2, 0.3])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """These programs are tiny and run once: most of their time would go into optimising them."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def _quickly(quick_compilation: None) -> None:
+    """Tiny programs that run once."""
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
