@@ -29,17 +29,21 @@ FORMATS = {
 }
 
 
-def configure(model: Path, out: Path, **changes: dict[str, Any]) -> RunConfig:
-    """Three experts whose data sets, and so whose step counts, differ."""
+TWO = ("helpful", "honest")  # as good as three where programs are compiled for every set of experts
+
+
+def configure(model: Path, out: Path, names: tuple[str, ...] = NAMES, **changes: dict[str, Any]) -> RunConfig:
+    """Experts whose data sets, and so whose step counts, differ."""
     data = {
         name: {"source": f"samples/{name}-train.{end}", "format": kind, "limit": limit, "validation": 0.2}
         for name, (kind, end, limit) in FORMATS.items()
+        if name in names
     }
     values: dict[str, Any] = {
         "model": str(model),
         "out": str(out),
         "data": data,
-        "experts": {"rank": 3, "alpha": 6, "dropout": 0.2},
+        "experts": {"names": list(names), "rank": 3, "alpha": 6, "dropout": 0.2},
         "train": {"epochs": 1, "batch_size": 4, "seq_len": 32, "learning_rate": 5e-3},
         "checkpoint": {"every": 3},
         "evaluate": {"batch_size": 4},
@@ -70,15 +74,15 @@ def far(found: TaskVector, expected: TaskVector) -> float:
 def test_experts_trained_together_are_the_experts_trained_alone(
     backbone: Backbone, tiny_model: Path, tmp_path: Path, train: dict[str, Any]
 ) -> None:
-    together = train_experts(configure(tiny_model, tmp_path / "joint", train=train), backbone)
-    single = configure(tiny_model, tmp_path / "single", train={**train, "mode": "single"})
+    together = train_experts(configure(tiny_model, tmp_path / "joint", TWO, train=train), backbone)
+    single = configure(tiny_model, tmp_path / "single", TWO, train={**train, "mode": "single"})
     alone = train_experts(single, backbone)
-    fresh = {name: init_expert(backbone.config, 3, 6.0, ("gate", "up", "down"), 0, name) for name in NAMES}
+    fresh = {name: init_expert(backbone.config, 3, 6.0, ("gate", "up", "down"), 0, name) for name in TWO}
     found = lines(tmp_path / "joint")
-    counts = {n: sum(f"loss/{n}" in line for line in found) for n in NAMES}
+    counts = {n: sum(f"loss/{n}" in line for line in found) for n in TWO}
     if "patience" not in train:
-        assert len(set(counts.values())) == 3  # they end one after another
-    for name in NAMES:
+        assert len(set(counts.values())) == 2  # they end one after another
+    for name in TWO:
         assert counts[name] == sum(f"loss/{name}" in line for line in lines(tmp_path / "single"))
         assert far(together[name], alone[name]) <= 1e-5
         assert far(fresh[name], together[name]) > 1e-2
@@ -86,10 +90,10 @@ def test_experts_trained_together_are_the_experts_trained_alone(
 
 def test_early_stopping_keeps_the_best_of_each_expert(backbone: Backbone, tiny_model: Path, tmp_path: Path) -> None:
     train = {"steps": 24, "evaluate_every": 2, "patience": 2, "learning_rate": 0.1}
-    config = configure(tiny_model, tmp_path / "run", train=train)
+    config = configure(tiny_model, tmp_path / "run", TWO, train=train)
     kept = train_experts(config, backbone)
     found = lines(tmp_path / "run")
-    for name in NAMES:
+    for name in TWO:
         series = {line["step"]: line[f"validation/{name}"] for line in found if f"validation/{name}" in line}
         best = min(series, key=lambda step: series[step])
         last = max(line["step"] for line in found if f"loss/{name}" in line)
@@ -97,14 +101,14 @@ def test_early_stopping_keeps_the_best_of_each_expert(backbone: Backbone, tiny_m
         until = {**train, "steps": 24, "patience": None}
         if best < 24:  # the leaves of that step, which a run without early stopping passes through
             group = expert_stage._Group(
-                configure(tiny_model, tmp_path / "x", train=until), backbone, rows_of(config, backbone), [name]
+                configure(tiny_model, tmp_path / "x", TWO, train=until), backbone, rows_of(config, backbone), [name]
             )
             state = group.start()
             for step, batch in enumerate(group.serve(0, best, (name,))):
                 assert int(state.step) == step
                 state, _ = group.step(state, batch.arrays(), (name,))
             assert far(kept[name], group.vectors(state)[name]) <= 1e-5
-    assert len({max(line["step"] for line in found if f"loss/{name}" in line) for name in NAMES}) > 1
+    assert len({max(line["step"] for line in found if f"loss/{name}" in line) for name in TWO}) > 1
 
 
 def rows_of(config: RunConfig, backbone: Backbone) -> Any:
