@@ -158,10 +158,10 @@ class _LeafHandler:
         return "np.ndarray"  # which reads them back where no sharding is asked for
 
     async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
-        raise NotImplementedError
+        raise TypeError("this handler only writes; what it wrote is read as plain arrays")
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
-        raise NotImplementedError
+        raise TypeError("this handler only writes; what it wrote is read as plain arrays")
 
     def memory_size(self, values: Sequence[_Leaf]) -> Sequence[tuple[int, int]]:
         sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in values]

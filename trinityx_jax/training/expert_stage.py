@@ -19,7 +19,7 @@ from trinityx_jax.data import sources
 from trinityx_jax.data.batching import Batch, TrainingBatches, validation_batches
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, init_expert, stack, unstack
-from trinityx_jax.runs import RunFolder, load_experts
+from trinityx_jax.runs import RunFolder
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.optimizer import make_optimizer
@@ -242,9 +242,3 @@ class _Group:
     def places(self, step: int, bad: np.ndarray, names: tuple[str, ...]) -> list[str]:
         chosen = [name for name, flag in zip(names, bad, strict=True) if flag]
         return [row.place for name in chosen for slot in self.batches.slots(step, name) for row in slot]
-
-
-def finished_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector]:
-    """The run's experts of the configuration, in its order."""
-    found = load_experts(config.out, backbone.fingerprint, backbone.config)
-    return {name: found[name] for name in config.experts.names}

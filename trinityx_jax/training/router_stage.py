@@ -151,7 +151,8 @@ class _Stage:
         return self.batches.serve(start, stop, names)
 
     def step(self, state: TrainState, batch: Mapping[str, Any], names: tuple[str, ...]) -> tuple[TrainState, Any]:
-        return self._update(state, self.base, self.experts, self._at(int(state.step)), self.key, batch)
+        router = self._at(int(state.step)) if self._gamma else self.router  # asking the step would wait for it
+        return self._update(state, self.base, self.experts, router, self.key, batch)
 
     def describe(self, metrics: Any, names: tuple[str, ...]) -> dict[str, float]:
         out = {k: float(v) for k, v in metrics.items() if k not in ("load", "streak", "skipped")}
