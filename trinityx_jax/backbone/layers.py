@@ -91,7 +91,8 @@ def attention(
     def heads(name: str) -> jax.Array:
         return apply(name, weights[name], u).reshape(batch, length, -1, head_dim)
 
-    q, k, v = kept(rotate(heads("q"), *rotary)), kept(rotate(heads("k"), *rotary)), kept(heads("v"))
+    kind = min(u.dtype, weights["q"]["kernel"].dtype, key=lambda d: d.itemsize)
+    q, k, v = (kept(x, kind) for x in (rotate(heads("q"), *rotary), rotate(heads("k"), *rotary), heads("v")))
     if cached is None:
         out = causal_attention(q, k, v, mask)
     else:

@@ -82,7 +82,7 @@ def _product(spec: str, x: jax.Array, y: jax.Array, operands: Any, shape: tuple[
 
     def single(left: jax.Array, right: jax.Array) -> jax.Array:
         if "n" not in out and jax.default_backend() == "cpu":
-            return _summed_over_rows(left, right)
+            return _summed_over_rows(left, right) if spec.startswith(f"n{out[0]}") else _summed_over_rows(right, left)
         return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
     x, y = operand(x, left), operand(y, right)
@@ -98,10 +98,16 @@ def _summed_over_rows(x: jax.Array, g: jax.Array) -> jax.Array:
 
     A CPU's fast products want the summed axis last in the first operand; of others they make float32 copies.
     """
-    barrier = jax.lax.optimization_barrier  # or XLA folds the transposition back into the product
+
+    def turned(x: jax.Array) -> jax.Array:  # in two parts and behind a barrier, or XLA undoes it
+        if len(x) % 2:
+            return x.T
+        parts = x.reshape(2, -1, x.shape[1]).transpose(2, 0, 1)
+        return jax.lax.optimization_barrier(parts).reshape(x.shape[1], -1)
+
     if x.shape[1] <= g.shape[1]:
-        return jnp.matmul(barrier(x.T), g, preferred_element_type=jnp.float32)
-    return barrier(jnp.matmul(barrier(g.T), x, preferred_element_type=jnp.float32)).T
+        return jnp.matmul(turned(x), g, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(jnp.matmul(turned(g), x, preferred_element_type=jnp.float32)).T
 
 
 def activations(dtype: Any) -> Any:
