@@ -7,7 +7,8 @@
 Both sides train rank 64 on gate, up and down with AdamW and clipping, on rows cut to the shape's length,
 answers learned and prompts given. Each side is measured in every dtype it has and stands with its fastest
 one. Sides run in processes of their own and take turns step by step; a ratio is the median over rounds,
-in brackets its range. A model that is a folder with only config.json gets random weights.
+in brackets its range. A model that is a folder with only config.json gets random weights. Both sides run twice:
+with the C library's memory allocator as it is, and tuned to keep freed memory, in huge pages (ALLOCATORS).
 
 FLOPs are those that nobody can avoid, the same for both sides: 4 per frozen parameter and token (forward, and
 back to the input), 6 per LoRA parameter, 4 per vocabulary parameter and learned token, causal attention by half.
@@ -30,6 +31,13 @@ from turns import Child, ratio, serve, take_turns
 RANK, ALPHA, LEARNING_RATE, CLIP = 64, 32.0, 5e-4, 1.0
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "v5e": 197e12, "v5 lite": 197e12, "v6e": 918e12}  # bf16, dense
 
+ALLOCATORS = {
+    "default": {},
+    "tuned": {
+        "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    },
+}  # fmt: skip
+
 
 def main() -> None:
     """Parse, run the children of every comparison, print the figures."""
@@ -41,10 +49,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         model = _model(options, Path(folder))
-        for shape in options.shapes:
-            _single(options, model, shape, Path(folder))
-        for shape in options.joint:
-            _joint(options, model, shape, Path(folder))
+        for allocator in options.allocators:
+            for shape in options.shapes:
+                _single(options, model, shape, Path(folder), allocator)
+            for shape in options.joint:
+                _joint(options, model, shape, Path(folder), allocator)
 
 
 def _arguments() -> argparse.Namespace:
@@ -55,6 +64,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--joint", nargs="*", type=_shape, default=[(2, 128)], help="rows and tokens per expert")
     parser.add_argument("--ours", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--peft", nargs="+", default=["f32", "bf16-autocast", "bf16"])
+    parser.add_argument("--allocators", nargs="+", default=list(ALLOCATORS), choices=ALLOCATORS)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, default=4, help="different batches, served in turn")
@@ -89,14 +99,15 @@ def _model(options: argparse.Namespace, folder: Path) -> Model:
     return Model(str(plain), random=False, tokenizer=backbone.tokenizer)
 
 
-def _single(options: argparse.Namespace, model: Model, shape: tuple[int, int], folder: Path) -> None:
+def _single(options: argparse.Namespace, model: Model, shape: tuple[int, int], folder: Path, allocator: str) -> None:
     """One expert against peft, every dtype of both."""
     job = _job(options, model, shape, 1, folder)
     sides = [("ours", d) for d in options.ours] + [("peft", d) for d in options.peft]
-    children = [Child(__file__, side, {**job, "dtype": dtype}) for side, dtype in sides]
+    children = [Child(__file__, side, {**job, "dtype": dtype}, ALLOCATORS[allocator]) for side, dtype in sides]
     seconds = take_turns(children, options.rounds)
     peaks = [child.close() for child in children]
-    print(f"\n{shape[0]} x {shape[1]} tokens ({job['tokens']} real, {job['learned']} learned), rank {RANK}, one expert")
+    what = f"{shape[0]} x {shape[1]} tokens ({job['tokens']} real, {job['learned']} learned), rank {RANK}, one expert"
+    print(f"\n{what}, allocator {allocator}")
     for (side, dtype), child, own, peak in zip(sides, children, seconds, peaks, strict=True):
         seconds_each = float(np.median(own))
         print(
@@ -132,15 +143,16 @@ def _fastest(side: str, sides: list[tuple[str, str]], seconds: list[list[float]]
     return min((i for i, s in enumerate(sides) if s[0] == side), key=lambda i: np.median(seconds[i]))
 
 
-def _joint(options: argparse.Namespace, model: Model, shape: tuple[int, int], folder: Path) -> None:
+def _joint(options: argparse.Namespace, model: Model, shape: tuple[int, int], folder: Path, allocator: str) -> None:
     """Three experts in one step against three steps of one."""
     job = _job(options, model, shape, 3, folder)
     for dtype in options.ours:
-        children = [Child(__file__, side, {**job, "dtype": dtype}) for side in ("ours", "ours-alone")]
+        job["dtype"] = dtype
+        children = [Child(__file__, side, job, ALLOCATORS[allocator]) for side in ("ours", "ours-alone")]
         joint, alone = take_turns(children, options.rounds)
         peaks = [child.close() for child in children]
         middle, low, high = ratio(alone, joint)
-        print(f"\n3 experts, each {shape[0]} x {shape[1]} tokens, rank {RANK}, {dtype}")
+        print(f"\n3 experts, each {shape[0]} x {shape[1]} tokens, rank {RANK}, {dtype}, allocator {allocator}")
         print(f"  joint over one after another: {middle:.2f} x tokens/s [{low:.2f}, {high:.2f}], ", end="")
         print(f"{peaks[0] / peaks[1]:.2f} x peak memory", flush=True)
 
