@@ -105,7 +105,7 @@ def test_stages_are_not_repeated(capsys, tiny_run: Path, tiny_config: Path) -> N
     code, out, _ = run(capsys, "train-experts", tiny_config)
     assert (code, "done before" in out) == (0, True)
     assert {p: p.stat().st_mtime_ns for p in sorted(tiny_run.rglob("*")) if p.is_file()} == before
-    assert "other settings (train)" in refused(capsys, "train-experts", tiny_config, "--train.steps", "9")
+    assert "other settings (train.steps)" in refused(capsys, "train-experts", tiny_config, "--train.steps", "9")
 
 
 def test_bad_input_is_one_sentence(capsys, tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:

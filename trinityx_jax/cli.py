@@ -101,7 +101,7 @@ def train_experts(config: Positional[str], overrides: Suppress[Sequence[str]] = 
     settings = load_config(config, overrides, "experts")
     run = RunFolder(settings.out)
     if not expert_stage.pending(settings):
-        print(f"{run.path / 'experts'}: done before")
+        print(f"{run.path / 'experts'}: done before" + (", with the same settings" if settings.train.experts else ""))
         return OK
     vectors = expert_stage.train_experts(settings, load_backbone(settings.model, settings.dtype))
     for name in vectors:

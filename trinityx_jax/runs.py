@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,9 @@ class RunFolder:
         write_json(self.info_path, info)
 
     def changed(self, stage: str, settings: Mapping[str, Any]) -> str | None:
-        """The first setting that differs from what ``stage`` was begun with; None where none does."""
+        """The first setting that differs from what ``stage`` was begun with, by its path; None where none does."""
         begun = self.info()["settings"].get(stage) if self.info_path.exists() else None
-        if begun is None:
-            return None
-        now = json.loads(json.dumps(settings))
-        return next((key for key in {**now, **begun} if begun.get(key) != now.get(key)), None)
+        return None if begun is None else _difference(begun, json.loads(json.dumps(settings)))
 
     def check_settings(self, stage: str, settings: Mapping[str, Any]) -> bool:
         """Whether ``stage`` is done.
@@ -136,6 +134,13 @@ class RunFolder:
         """Write each expert into ``experts/NAME``."""
         for name, vector in vectors.items():
             save_expert(vector, self.path / "experts" / name)
+
+
+def _difference(old: Any, new: Any, path: str = "") -> str | None:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return None if old == new else path
+    found = (_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in {**new, **old})
+    return next((place for place in found if place is not None), None)
 
 
 def _version(package: str) -> str:
@@ -217,18 +222,41 @@ def load_experts(
 
 
 def expert_folders(path: Path) -> dict[str, Path]:
-    """Every expert or adapter at a path, by name."""
+    """Every expert or adapter at a path, by name. An expert that its run is training anew is not there yet."""
     order: list[str] = []
+    under_way: set[str] = set()
     if (path / "run.json").exists():
-        order = (RunFolder(path).done("experts") or {}).get("names", [])
+        run = RunFolder(path)
+        order = list((run.done("experts") or {}).get("names", []))
+        begun = (stage.partition("/") for stage in run.info()["settings"])
+        under_way = {name for stage, _, name in begun if stage == "experts" and name} - set(order)
         path = path / "experts"
     if (path / "expert.json").exists() or is_adapter(path):
         return {path.resolve().name: path}
     found = {p.parent.name: p.parent for kind in ("expert.json", "adapter_config.json") for p in path.glob(f"*/{kind}")}
+    found = {name: folder for name, folder in found.items() if name not in under_way}
     if not found:
         raise UserError(f"{path}: holds no expert (no expert.json, no adapter_config.json)")
     order += sorted(found.keys() - set(order))
     return {name: found[name] for name in order if name in found}
+
+
+def expert_digests(path: str | Path | Mapping[str, str], names: Iterable[str]) -> dict[str, str | None]:
+    """A digest of each expert's weights as ``load_experts`` would find them; None of one that is not there."""
+    folders: Mapping[str, Any]
+    try:
+        folders = path if isinstance(path, Mapping) else expert_folders(Path(path))
+    except UserError:
+        folders = {}
+    return {name: _weights_digest(Path(folders[name])) if name in folders else None for name in names}
+
+
+def _weights_digest(folder: Path) -> str | None:
+    files = sorted(file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
+    found = 0
+    for file in files:
+        found = zlib.crc32(file.read_bytes(), found)
+    return f"{found:08x}" if files else None
 
 
 def with_paths(
@@ -274,10 +302,13 @@ def load_router(path: str | Path, fingerprint: str | None = None) -> Router:
     """The router of a run, or of a ``router`` folder.
 
     Raises:
-        UserError: there is none, it is damaged, or it was trained on another base.
+        UserError: there is none, or it was trained over experts that are trained anew; it is damaged, or was
+            trained on another base.
     """
     path = Path(path)
     if (path / "run.json").exists():
+        if RunFolder(path).done("router") is None:
+            raise UserError(f"{path}: has no router yet (trinityx train-router)")
         path = path / "router"
     if not (path / "router.json").exists():
         raise UserError(f"{path}: holds no router (no router.json)")

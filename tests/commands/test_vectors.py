@@ -70,6 +70,15 @@ def same(found: TaskVector, wanted: np.ndarray) -> None:
     np.testing.assert_allclose(flat(found), wanted, atol=1e-6 * np.abs(wanted).max(), rtol=1e-5)
 
 
+def test_show_has_no_gamma_of_an_expert_that_the_router_does_not_know(capsys, some_run: Path, tmp_path: Path) -> None:
+    src = tmp_path / "run"
+    shutil.copytree(some_run, src)
+    shutil.copytree(src / "experts" / "honest", src / "experts" / "blunt")
+    rows = {line.split()[0]: line.split() for line in run(capsys, "show", src).splitlines() if line.strip()}
+    assert "-" in rows["blunt"]
+    assert "0.500" in rows["honest"]
+
+
 @pytest.mark.parametrize("command", [*COMMANDS, "vectors"])
 def test_help(capsys, command: str) -> None:
     if command == "vectors":

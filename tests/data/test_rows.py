@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trinityx_jax.data.formats import FORMATS, FieldMap
+from trinityx_jax.data.formats import FORMATS, Example, FieldMap
 from trinityx_jax.data.objectives import load_examples, load_pairs, load_prompts
 from trinityx_jax.data.splits import overlap, split_by_question
 from trinityx_jax.errors import UserError
@@ -240,3 +240,22 @@ def test_prompts_are_compared_in_any_script(tmp_path) -> None:
     rows = [ALPACA | {"instruction": text} for text in ("Wie geht’s?", "wie geht s", "为什么", "什么", "???", "!")]
     found = [e.question for e in load_prompts(str(write(tmp_path, "x.json", json.dumps(rows))), "alpaca")]
     assert found == ["wie geht s", "wie geht s", "为什么", "什么", "???", "!"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("आज दिन है", "आज दान है", False),  # vowels that are marks
+        ("What is C++?", "What is C#?", False),
+        ("Compute 2+3.", "compute 2 + 3", True),
+        ("Compute 2-3", "Compute 2+3", False),
+        ("Is x > 3?", "Is x < 3?", False),
+        ("Is it -5?", "Is it 5?", False),
+        ("What's COVID-19?", "whats covid 19", False),  # an apostrophe parts words
+        ("What is COVID-19?", "what is covid 19", True),
+        ("*Bold* -- really?", "bold: really", True),
+        ("and/or", "and or", True),
+    ],
+)
+def test_what_tells_questions_apart(one: str, other: str, same: bool) -> None:
+    assert (Example(one, "", "").question == Example(other, "", "").question) == same

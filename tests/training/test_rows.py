@@ -83,8 +83,11 @@ def test_shares_are_disjoint_by_question_and_stable(tmp_path) -> None:
     plain = load_parts(make_config({"a": entry(source, calibration=0.1)}))["a"]
     assert plain.calibration == part.calibration
     assert plain.validation == []
-    with pytest.raises(UserError, match=r"data\.a: 80 rows are too few to hold some out for validation"):
-        load_parts(make_config({"a": entry(source, validation=0.001)}))
+    few = beaver(tmp_path / "few.jsonl", ["p 0", "p 1"])
+    part = load_parts(make_config({"a": entry(few, calibration=0.001)}))["a"]
+    assert (len(part.train), len(part.calibration)) == (1, 1)  # a share of few is at least one
+    with pytest.raises(UserError, match=r"data\.a: 2 rows are too few to hold some out for validation"):
+        load_parts(make_config({"a": entry(few, calibration=0.2, validation=0.2)}))
 
 
 def test_resampling_draws_with_replacement(tmp_path) -> None:
@@ -115,3 +118,26 @@ def test_a_mix_is_the_union_of_its_parts_each_in_its_template(tmp_path, tiny_tok
     alone = load_training_rows(make_config(data, ["joint"], seq_len=100), backbone)
     assert list(alone.train) == ["joint"]
     assert [r.ids.tolist() for r in alone.train["joint"]] == [r.ids.tolist() for r in rows.train["joint"]]
+
+
+def test_what_one_entry_holds_out_no_other_is_trained_on(tmp_path, tiny_tokenizer, caplog) -> None:
+    """Two entries that share questions, with other shares: in a mix, and for the router, which learns from all."""
+    texts = [f"p {i}" for i in range(60)]
+    data = {
+        "a": entry(beaver(tmp_path / "x.jsonl", texts[:40]), calibration=0.05),
+        "b": entry(beaver(tmp_path / "y.jsonl", texts[20:]), calibration=0.3, validation=0.3),
+        "joint": {"mix": ["a", "b"]},
+    }
+    config = make_config(data, ["joint", "a", "b"], seq_len=100)
+    backbone = types.SimpleNamespace(tokenizer=tiny_tokenizer)
+    parts = load_parts(config)
+    questions = {e.place: e.question for p in parts.values() for e in (*p.train, *p.calibration, *p.validation)}
+    asked = lambda rows: {questions[row.place] for row in rows}  # noqa: E731
+    for together in (False, True):
+        rows = load_training_rows(config, backbone, together=together)
+        held = {name: asked([*rows.calibration[name], *rows.validation[name]]) for name in ("joint", "a", "b")}
+        assert not asked(rows.train["joint"]) & held["joint"]
+        assert not asked(rows.train["a"]) & held["a"]
+        shared = (asked(rows.train["a"]) & held["b"]) | (asked(rows.train["b"]) & held["a"])
+        assert bool(shared) != together  # an expert of its own does not depend on others
+    assert "training rows are left out, other entries hold their questions out" in caplog.text

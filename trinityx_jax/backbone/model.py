@@ -21,9 +21,8 @@ from trinityx_jax.backbone.products import KEPT, bits, kept, matmul, unpacked
 
 Params = Mapping[str, Any]
 NO_WINDOW = 2**30  # positions; more than any sequence has
-# What the backward pass finds of a layer: all its values; those marked ``kept``; its input alone.
+# What the backward pass finds of a layer: values marked ``kept``; its input alone. "none" makes nothing again.
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
     "kept": jax.checkpoint_policies.save_only_these_names(KEPT),
     "all": jax.checkpoint_policies.nothing_saveable,
 }
@@ -144,7 +143,7 @@ class Decoder(nn.Module):
     config: BackboneConfig
     feed_forward: FeedForward
     dtype: jnp.dtype = jnp.float32
-    remat: str = "none"  # a key of REMAT
+    remat: str = "none"  # or a key of REMAT
     attention_linear: AttentionLinear | None = None
 
     @nn.compact

@@ -241,10 +241,10 @@ def _show_energy(found: Any) -> None:
 def _gamma_cells(src: str, vectors: Mapping[str, Any]) -> dict[str, str]:
     """gamma~ of the run's router; before there is one, by the recommended reading; "-" where it has none."""
     from trinityx_jax.experts import gamma
-    from trinityx_jax.runs import load_router
+    from trinityx_jax.runs import RunFolder, load_router
 
     try:
-        if (Path(src) / "router" / "router.json").exists():
+        if (Path(src) / "run.json").exists() and RunFolder(src).done("router") is not None:
             router = load_router(src)
             found = dict(zip(router.names, router.gamma.tolist(), strict=True))
         else:
@@ -252,7 +252,7 @@ def _gamma_cells(src: str, vectors: Mapping[str, Any]) -> dict[str, str]:
     except UserError as error:
         print(f"gamma is not defined: {error}", file=sys.stderr)
         return dict.fromkeys(vectors, "-")
-    return {name: f"{found[name]:.3f}" for name in vectors}
+    return {name: f"{found[name]:.3f}" if name in found else "-" for name in vectors}
 
 
 COMMANDS: dict[str, Callable[..., int]] = {

@@ -30,9 +30,28 @@ class Example:
 
     @functools.cached_property
     def question(self) -> str:
-        """The normalised prompt, by which splits are kept apart: case, punctuation and spaces do not count."""
+        """The normalised prompt, by which splits are kept apart: case, punctuation and spaces do not count.
+
+        What tells questions apart does: the signs of scripts that write vowels as marks, mathematics, currency,
+        C# and C++.
+        """
         folded = unicodedata.normalize("NFKC", self.prompt).casefold()
-        return re.sub(r"[\W_]+", " ", folded).strip() or folded.strip()
+        return " ".join(_BETWEEN.sub(_meaningful, folded).split()) or folded.strip()
+
+
+_BETWEEN = re.compile(r"[\W_]+")
+
+
+def _meaningful(found: re.Match[str]) -> str:
+    """What a run of characters between words says: marks stay with their word, symbols are words."""
+    out = []
+    for at, char in enumerate(found[0], found.start()):
+        before, after = found.string[max(at - 1, 0) : at], found.string[at + 1 : at + 3].lstrip()[:1]
+        kind = unicodedata.category(char)
+        counts = kind in ("Sm", "Sc", "So") or (char == "#" and before.isalnum())
+        counts |= char in "-*/%^" and after.isdigit() and not before.isalpha()  # 2-3 and 2 - 3, not covid-19
+        out.append(char if kind[0] == "M" else f" {char} " if counts else " ")
+    return "".join(out)
 
 
 @dataclasses.dataclass(frozen=True)

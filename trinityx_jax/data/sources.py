@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import zlib
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from trinityx_jax.data.readers import SUFFIXES, Item, first_line, plain, read_file
 from trinityx_jax.errors import UserError
@@ -102,8 +104,7 @@ def _load_hub(source: str, split: str) -> list[Item]:
         raise UserError(
             f"{source}: no such file here, and `datasets` did not give split {split!r} ({first_line(error)})"
         ) from error
-    places = (f"{source}/{split}[{index}]" for index in range(len(rows)))
-    return [(place, plain(row, place)) for place, row in zip(places, rows, strict=True)]
+    return _placed(rows, source, split)
 
 
 def _load_tfds(source: str, split: str) -> list[Item]:
@@ -116,5 +117,9 @@ def _load_tfds(source: str, split: str) -> list[Item]:
         rows = list(data)
     except Exception as error:  # as above; also TensorFlow missing where a data set's own code needs it
         raise UserError(f"{source}: TFDS did not give split {split!r} ({first_line(error)})") from error
+    return _placed(rows, source, split)
+
+
+def _placed(rows: Sequence[Mapping[str, Any]], source: str, split: str) -> list[Item]:
     places = (f"{source}/{split}[{index}]" for index in range(len(rows)))
     return [(place, plain(row, place)) for place, row in zip(places, rows, strict=True)]

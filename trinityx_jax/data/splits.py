@@ -9,12 +9,18 @@ from trinityx_jax.data.formats import Example
 
 
 def split_by_question(examples: Sequence[Example], shares: Sequence[float], seed: int = 0) -> list[list[Example]]:
-    """[kept, held out, held out, ...]: of the questions, about each share is held out, chosen by their hash."""
+    """[kept, held out, held out, ...]: of the questions, about each share is held out, chosen by their hash.
+
+    Of few questions a share is at least one, where that leaves one to keep.
+    """
     questions = sorted({e.question for e in examples}, key=lambda q: (zlib.crc32(f"{seed}/{q}".encode()), q))
     part: dict[str, int] = {}
     begin = 0
-    for index, share in enumerate(shares, 1):
-        end = min(len(questions), begin + round(share * len(questions)))
+    sizes = [max(1, round(share * len(questions))) if share else 0 for share in shares]
+    if sum(sizes) >= len(questions):
+        sizes = [round(share * len(questions)) for share in shares]
+    for index, size in enumerate(sizes, 1):
+        end = min(len(questions), begin + size)
         part |= dict.fromkeys(questions[begin:end], index)
         begin = end
     out: list[list[Example]] = [[] for _ in range(len(shares) + 1)]

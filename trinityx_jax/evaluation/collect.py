@@ -33,16 +33,23 @@ def collect(run: RunFolder) -> dict[str, Any]:
         out["rows"] = {
             m: {"train": a, "calibration": b, "test": tests.get(m, 0)} for m, (a, b) in facts["rows"].items()
         }
-    out["settings"] = {
-        f"{stage.partition('/')[0]}.{key}": value  # experts share a configuration
-        for stage, settings in info["settings"].items()
-        for key, value in settings.get("train", {}).items()
-        if value is not None
-    }
+    out["settings"] = _training_settings(info["settings"])
     timings = {k.removeprefix("quickstart/"): v["seconds"] for k, v in stages.items() if "seconds" in v}
     out["timings"] = timings
     if "perplexity" in out:
         out["claims"] = claims(out)
+    return out
+
+
+def _training_settings(stages: dict[str, Any]) -> dict[str, Any]:
+    """Keys of ``train`` by stage; of the experts one by one where they were not trained alike."""
+    out: dict[str, Any] = {}
+    for stage, settings in stages.items():
+        for key, value in settings.get("train", {}).items():
+            kind = stage.partition("/")[0]
+            same = {own["train"].get(key) for name, own in stages.items() if name.partition("/")[0] == kind}
+            if value is not None:
+                out[f"{kind if len(same) == 1 else stage}.{key}"] = value
     return out
 
 

@@ -24,8 +24,8 @@ def evaluate_run(run: str | Path, out: str | Path | None = None) -> tuple[dict[s
     """
     opened = open_run(run)
     folder = opened.folder
-    configs = [folder.path / f"config-{stage}.yaml" for stage in ("router", "experts")]
-    found = [path for path in configs if path.exists()]
+    stages = ("router", "experts") if opened.router is not None else ("experts",)
+    found = [path for stage in stages if (path := folder.path / f"config-{stage}.yaml").exists()]
     if not found:
         raise UserError(f"{folder.path}: holds no configuration (config-experts.yaml)")
     before = (folder.done("router") or {}).get("temperature_before")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from trinityx_jax.config import CheckpointConfig
+from trinityx_jax.data.readers import first_line
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import disk_full
 from trinityx_jax.training.state import TrainState
@@ -38,7 +38,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(target))
         except (ValueError, KeyError, OSError, TypeError) as error:
-            problem = f"does not fit the configuration, or is damaged ({_first(error)})"
+            problem = f"does not fit the configuration, or is damaged ({first_line(error)})"
             raise UserError(f"{self.folder / str(step)}: this checkpoint {problem}") from error
 
     def save(self, state: TrainState, wait: bool = False) -> None:
@@ -64,10 +64,5 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            reason = "No space left on device" if disk_full(error) else _first(error)
+            reason = "No space left on device" if disk_full(error) else first_line(error)
             raise UserError(f"{self.folder}: a checkpoint cannot be written ({reason})") from error
-
-
-def _first(error: Any) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +17,6 @@ import numpy as np
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.backbone.products import activations, packed
 from trinityx_jax.config import RunConfig, save_config
-from trinityx_jax.data import sources
 from trinityx_jax.data.batching import Batch, TrainingBatches, validation_batches
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, init_expert, stack, unstack
@@ -24,8 +25,10 @@ from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.optimizer import make_optimizer
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
+from trinityx_jax.training.settings import SAME_RESULT, check_one_process, data_settings
 from trinityx_jax.training.state import TrainState, after_validation, expert_state
-from trinityx_jax.training.step import expert_step, expert_sums, supervised_counts, trained_experts, with_trained
+from trinityx_jax.training.step import expert_step, experts_of, trained_experts, with_trained
+from trinityx_jax.training.validation import held_out_sums, mean_losses
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +36,10 @@ log = logging.getLogger(__name__)
 def expert_settings(config: RunConfig, name: str) -> dict[str, Any]:
     """What decides the expert that comes out; how it is trained beside others does not."""
     values = config.model_dump(mode="json", by_alias=True)
-    parts = config.parts(name)
     experts = {key: values["experts"][key] for key in ("rank", "alpha", "dropout", "sites")}
-    train = {key: value for key, value in values["train"].items() if key not in ("mode", "experts")}
-    files = {
-        part: [sources.digest(data.source), sources.digest(data.test)] for part, data in parts.items()
-    }  # fmt: skip
-    data = {part: values["data"][part] for part in parts}
+    train = {key: value for key, value in values["train"].items() if key not in (*SAME_RESULT, "mode", "experts")}
     shared = {key: values[key] for key in ("model", "seed", "dtype")}
-    return {**shared, "experts": experts, "train": train, "data": data, "files": files}
+    return {**shared, "experts": experts, "train": train, **data_settings(config, config.parts(name))}
 
 
 def pending(config: RunConfig) -> list[str]:
@@ -80,15 +78,17 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
         UserError: the rows or the configuration are wrong, or the run folder holds another run.
         Stopped: a signal asked for it; state was saved.
     """
+    check_one_process()
     names = pending(config)
     if not names:
         return {}
     run = RunFolder(config.out)
-    rows = load_training_rows(config, backbone)
+    rows = load_training_rows(config, backbone, names)
     run.open(backbone, config.model)
     for name in names:
         _begin(config, run, name)
-    save_config(config, run.path / "config-experts.yaml", "experts")
+    whole = config.model_copy(update={"train": config.train.model_copy(update={"experts": None})})
+    save_config(whole, run.path / "config-experts.yaml", "experts")
     groups = [names] if config.train.mode == "joint" else [[name] for name in names]
     trained: dict[str, TaskVector] = {}
     for group in groups:
@@ -99,6 +99,10 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
         order = [n for n in config.experts.names if n in {*before["names"], *group}]
         counts = {**before["rows"], **{name: len(rows.train[name]) for name in group}}
         run.finish("experts", names=order, rows=counts)
+        shutil.rmtree(_checkpoints(run, config, group))
+    if set(config.experts.names) <= set((run.done("experts") or {})["names"]):
+        for folder in (run.path / "checkpoints").glob("experts*"):  # what was interrupted and never gone on with
+            shutil.rmtree(folder)
     return trained
 
 
@@ -109,9 +113,6 @@ def _begin(config: RunConfig, run: RunFolder, name: str) -> None:
         run.begin(stage, settings)
         return
     done = run.done("experts")
-    for folder in (run.path / "checkpoints").glob("experts*"):
-        if folder.name == _label([name], config).replace("/", "-") or folder.name == "experts":
-            shutil.rmtree(folder)
     if done is not None and name in done["names"]:
         run.finish("experts", names=[n for n in done["names"] if n != name], rows=done["rows"])
     if run.done("router") is not None:
@@ -119,6 +120,12 @@ def _begin(config: RunConfig, run: RunFolder, name: str) -> None:
     run.forget("router")
     shutil.rmtree(run.path / "checkpoints" / "router", ignore_errors=True)
     run.begin(stage, settings, anew=True)
+
+
+def _checkpoints(run: RunFolder, config: RunConfig, names: list[str]) -> Path:
+    """Where these experts' state is saved: in this order, with these settings, or it is not found."""
+    whose = json.dumps([[name, expert_settings(config, name)] for name in names])
+    return run.path / "checkpoints" / f"experts-{zlib.crc32(whose.encode()):08x}"
 
 
 def _label(names: list[str], config: RunConfig) -> str:
@@ -150,18 +157,12 @@ class _Group:
         dtype = activations(config.dtype)
         update = expert_step(backbone.config, self.optimizer, train, dtype=dtype, dropout=e.dropout)
         self._update = jax.jit(update, donate_argnums=0, static_argnames="active")
-
-        def sums(params: Any, base: Any, experts: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-            found = expert_sums(params, base, experts, backbone.config, batch, dtype=dtype)
-            return found, supervised_counts(batch, len(names))
-
-        self._sums = jax.jit(sums)
+        self._sums = held_out_sums(backbone.config, dtype)
         self._after = jax.jit(after_validation, donate_argnums=0)
 
     def train(self, run: RunFolder) -> dict[str, TaskVector]:
         """The group's experts, from the newest checkpoint on."""
-        folder = run.path / "checkpoints" / self.label.replace("/", "-")
-        checkpoints = Checkpoints(folder, self.config.checkpoint)
+        checkpoints = Checkpoints(_checkpoints(run, self.config, self.names), self.config.checkpoint)
         state = run_steps(
             self.start(), self, max(self.totals.values()), stage=self.label, metrics_path=run.metrics_path,
             checkpoints=checkpoints, max_skipped=self.config.train.max_skipped,
@@ -182,9 +183,10 @@ class _Group:
         e = self.config.experts
         done = with_trained(self.experts, state.params if state.best is None else state.best)
         origin = {"base": self.backbone.fingerprint, "rank": e.rank, "alpha": e.alpha}
+        steps = self.totals.values() if state.best_step is None else state.best_step.tolist()
         return {
-            name: TaskVector(vector.sites, {**origin, "steps": self.totals[name], "objective": name})
-            for name, vector in zip(self.names, unstack(done), strict=True)
+            name: TaskVector(vector.sites, {**origin, "steps": count, "objective": name})
+            for name, vector, count in zip(self.names, unstack(done), steps, strict=True)
         }
 
     def active(self, state: TrainState) -> tuple[str, ...]:
@@ -227,17 +229,20 @@ class _Group:
         due = np.asarray([n in names and (step % every == 0 or step == self.totals[n]) for n in self.names])
         if not due.any():
             return state, {}
-        losses = self._held_out(state.params)
+        losses = self._held_out(state.params, due)
         if state.best is not None:
             state = self._after(state, jnp.asarray(losses, jnp.float32), jnp.asarray(due))
         return state, {f"validation/{n}": float(losses[i]) for i, n in enumerate(self.names) if due[i]}
 
-    def _held_out(self, params: Any) -> np.ndarray:
-        size = self.config.evaluate.batch_size
-        total = np.zeros((2, len(self.names)))
-        for batch in validation_batches(self.held, size, pad_id(self.backbone)):
-            total += np.asarray(self._sums(params, self.base, self.experts, batch.arrays()))
-        return total[0] / total[1]
+    def _held_out(self, params: Any, due: np.ndarray) -> np.ndarray:
+        """The mean loss [E] of the experts that are ``due`` on their held-out rows; NaN of the others."""
+        index = tuple(np.flatnonzero(due).tolist())
+        held = {name: self.held[name] for i, name in enumerate(self.names) if due[i]}
+        own = experts_of((params, self.experts), index)
+        batches = validation_batches(held, self.config.evaluate.batch_size, pad_id(self.backbone))
+        out = np.full(len(self.names), np.nan)
+        out[list(index)] = mean_losses(self._sums, (own[0], self.base, own[1]), batches)
+        return out
 
     def places(self, step: int, bad: np.ndarray, names: tuple[str, ...]) -> list[str]:
         chosen = [name for name, flag in zip(names, bad, strict=True) if flag]

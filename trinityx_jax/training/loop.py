@@ -54,6 +54,13 @@ class MetricsLog:
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done meanwhile does not count as a step's time."""
+        began = time.monotonic()
+        yield
+        self._last += time.monotonic() - began
+
     def close(self) -> None:
         self._file.close()
 
@@ -130,12 +137,16 @@ def run_steps(
                     recorder.pending = (index, metrics, batch, names)
                     values: dict[str, float] = {}
                     if index == stop:
-                        state, values = work.validate(state, names)
-                    if signals or index % checkpoints.every == 0 or index == total or values:
+                        jax.block_until_ready(metrics)
+                        with recorder.log.pause():
+                            state, values = work.validate(state, names)
+                    stopping = bool(signals)  # read once: one that comes later is for the next step
+                    saving = stopping or index % checkpoints.every == 0 or index == total
+                    if saving or values:
                         recorder.flush(bar, values)
-                    if signals or index % checkpoints.every == 0 or index == total:
-                        checkpoints.save(state, wait=bool(signals))
-                    if signals:
+                    if saving:
+                        checkpoints.save(state, wait=stopping)
+                    if stopping:
                         raise Stopped(f"{stage}: stopped by signal {signals[0]} after step {index}; run again to go on")
             recorder.flush(bar)
             checkpoints.save(state)  # early stopping ends between checkpoints

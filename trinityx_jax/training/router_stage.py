@@ -26,28 +26,27 @@ from trinityx_jax.experts import ATTENTION, TaskVector, dynamic_gamma, gamma, st
 from trinityx_jax.mocae import Router, hidden_states, init_router, token_routing
 from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.calibration import calibrated_temperature, selected
-from trinityx_jax.runs import RunFolder, gamma_reference, save_router
+from trinityx_jax.runs import RunFolder, expert_digests, gamma_reference, save_router
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.optimizer import make_optimizer
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
+from trinityx_jax.training.settings import SAME_RESULT, check_one_process, data_settings
 from trinityx_jax.training.state import TrainState, router_state
-from trinityx_jax.training.step import (
-    expert_sums,
-    router_step,
-    supervised_counts,
-    trained_experts,
-    trained_router,
-)
+from trinityx_jax.training.step import router_step, trained_experts, trained_router
+from trinityx_jax.training.validation import held_out_sums, mean_losses
 
 log = logging.getLogger(__name__)
-UNREPEATED = {"out", "evaluate", "checkpoint"}  # sections that do not change what the stage computes
+UNREPEATED = {"out", "evaluate", "checkpoint", "data"}  # sections that do not change what the stage computes
 
 
 def router_settings(config: RunConfig) -> dict[str, Any]:
     """What of the configuration decides the router that comes out."""
-    values = config.model_dump(mode="json", by_alias=True)
-    return {key: value for key, value in values.items() if key not in UNREPEATED}
+    values = config.model_dump(mode="json", by_alias=True, exclude={"train": set(SAME_RESULT)})
+    kept = {key: value for key, value in values.items() if key not in UNREPEATED}
+    names = dict.fromkeys([*config.experts.names, *filter(None, [config.mocae_config().gamma_reference])])
+    digests = expert_digests(config.experts.source or config.out, names)
+    return kept | data_settings(config, config.data) | {"weights": digests}
 
 
 def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector]) -> Router:
@@ -60,6 +59,7 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
             missing, or they hold attention deltas and the configuration does not say what for.
         Stopped: a signal asked for it; state was saved.
     """
+    check_one_process()
     names, mocae = config.experts.names, config.mocae_config()
     missing = [name for name in names if name not in vectors]
     if missing:
@@ -75,7 +75,7 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
         raise UserError("train.evaluate_every: has no effect on stage 'router' without mocae.gamma_dynamic; remove it")
     against = gamma_reference(mocae, vectors, backbone.config)
     static = gamma(own, against, mocae.gamma_similarity, mocae.gamma_floor)
-    rows = load_training_rows(config, backbone)
+    rows = load_training_rows(config, backbone, together=True)
     run = RunFolder(config.out)
     run.open(backbone, config.model)
     run.begin("router", router_settings(config))
@@ -179,21 +179,15 @@ class _Stage:
     def _gammas(self) -> dict[int, jax.Array]:
         """Dynamic gamma after each evaluation. The experts are frozen, and with them their losses on held-out rows."""
         held = [row for part in self.rows.validation.values() for row in part]
-        count, every = len(self.names), self.config.train.evaluate_every or 1
+        every = self.config.train.evaluate_every or 1
         zeros = jax.tree.map(jnp.zeros_like, trained_experts(self.experts))
-        config, dtype = self.backbone.config, self.dtype
-
-        @jax.jit
-        def sums(params: Any, base: Any, experts: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-            return expert_sums(params, base, experts, config, batch, dtype=dtype), supervised_counts(batch, count)
-
-        losses = []
-        for params in (trained_experts(self.experts), zeros):
-            total = np.zeros((2, count))
-            shared = dict.fromkeys(self.names, held)
-            for batch in validation_batches(shared, self.config.evaluate.batch_size, pad_id(self.backbone)):
-                total += np.asarray(sums(params, self.base, self.experts, batch.arrays()))
-            losses.append((total[0] / total[1]).tolist())
+        sums = held_out_sums(self.backbone.config, self.dtype)
+        shared = dict.fromkeys(self.names, held)
+        batches = validation_batches(shared, self.config.evaluate.batch_size, pad_id(self.backbone))
+        losses = [
+            mean_losses(sums, (params, self.base, self.experts), batches).tolist()
+            for params in (trained_experts(self.experts), zeros)
+        ]
         found = {0: self.router.gamma}
         for number in range(1, self.total // every + 1):
             found[number] = dynamic_gamma(found[number - 1], losses[0], losses[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,18 +49,26 @@ class Part:
     tests: frozenset[str]
 
 
-def load_training_rows(config: RunConfig, backbone: Backbone) -> Rows:
-    """Read, split by question and tokenise every objective's training rows.
+def load_training_rows(
+    config: RunConfig, backbone: Backbone, experts: Sequence[str] | None = None, together: bool = False
+) -> Rows:
+    """Read, split by question and tokenise the training rows of these experts (None: all).
 
     What ``on_overlap`` says is done with rows whose prompt also stands in the test rows; a mix is the union of
-    its parts, each row in its own template.
+    its parts, each row in its own template. A question that one part of a mix holds out is held out of the others
+    too; with ``together`` (one router learns from all) that goes for all objectives.
 
     Raises:
         UserError: there is no tokenizer, rows cannot be read, or too few are left.
     """
     if backbone.tokenizer is None:
         raise UserError(f"{config.model}: holds no tokenizer; training needs one")
-    return encode_parts(config, load_parts(config), backbone.tokenizer)
+    names = config.experts.names if experts is None else experts
+    rows = encode_parts(config, load_parts(config, names), backbone.tokenizer, names, together)
+    for name in names if together else ():
+        if not rows.calibration[name]:
+            raise UserError(f"data.{name}: too few rows to hold some out for calibration")
+    return rows
 
 
 def load_parts(config: RunConfig, experts: Sequence[str] | None = None) -> dict[str, Part]:
@@ -75,17 +83,43 @@ def load_parts(config: RunConfig, experts: Sequence[str] | None = None) -> dict[
     return parts
 
 
-def encode_parts(config: RunConfig, parts: Mapping[str, Part], tokenizer: Any) -> Rows:
-    """Tokenise, each entry in its template, and put mixes together."""
+def encode_parts(
+    config: RunConfig, parts: Mapping[str, Part], tokenizer: Any, experts: Sequence[str], together: bool = False
+) -> Rows:
+    """Tokenise, each entry in its template, and put mixes together; arguments as ``load_training_rows``."""
     rows = Rows({}, {}, {})
     for target in ("train", "calibration", "validation"):
         encoded = {
             name: encode(config.data[name].template, getattr(part, target), tokenizer, config.train.seq_len)
             for name, part in parts.items()
         }
-        for expert in config.experts.names:
-            getattr(rows, target)[expert] = [row for name in config.parts(expert) for row in encoded[name]]
+        for expert in experts:
+            own = config.parts(expert)
+            getattr(rows, target)[expert] = [row for name in own for row in encoded[name]]
+            if target == "train":
+                rows.train[expert] = _not_held_out(expert, own, parts, encoded, parts if together else own)
     return rows
+
+
+def _not_held_out(
+    expert: str,
+    own: Iterable[str],
+    parts: Mapping[str, Part],
+    encoded: Mapping[str, list[Encoded]],
+    holding: Iterable[str],
+) -> list[Encoded]:
+    """The rows of an objective's entries whose question none of the entries ``holding`` holds out."""
+    held = {e.question for name in holding for e in (*parts[name].calibration, *parts[name].validation)}
+    pairs = [pair for name in own for pair in zip(parts[name].train, encoded[name], strict=True)]
+    kept = [row for example, row in pairs if example.question not in held]
+    if len(kept) < len(pairs):
+        log.warning(
+            "data.%s: %s training rows are left out, other entries hold their questions out",
+            expert, f"{len(pairs) - len(kept):,}",
+        )  # fmt: skip
+    if not kept:
+        raise UserError(f"data.{expert}: no row is left to train on, other entries hold all its questions out")
+    return kept
 
 
 def _load_part(name: str, data: DataConfig, seed: int) -> Part:
@@ -96,9 +130,8 @@ def _load_part(name: str, data: DataConfig, seed: int) -> Part:
         tests = load_prompts(data.test, data.test_kind, data.test_split, None, data.skip_bad, data.test_map)
     kept = _apart(name, data, loaded.items, tests)
     train, calibration, validation = split_by_question(kept, [data.calibration, data.validation], seed)
-    for part, what in ((train, "to train on"), (calibration, "to hold some out for calibration")):
-        if not part:
-            raise UserError(f"data.{name}: {len(kept)} rows are too few {what}")
+    if not train:
+        raise UserError(f"data.{name}: {len(kept)} rows are too few to train on")
     if data.validation and not validation:
         raise UserError(f"data.{name}: {len(kept)} rows are too few to hold some out for validation")
     if data.resample is not None:

@@ -21,17 +21,18 @@ class TrainState:
     """The trained leaves, the optimizer's, the step, and what else has to survive a restart.
 
     In stage 1 all but ``step`` has an axis of experts (see ``expert_axes``): each expert counts, stops and
-    keeps its best on its own. ``previous`` is pi_prev [L,E] of stage 2.
+    keeps its best on its own. ``previous`` is pi_prev [L,E] of stage 2, which stage 1 has none of.
     """
 
     step: jax.Array
     params: Trained
     opt_state: Any
-    previous: jax.Array
+    previous: Any
     skipped: jax.Array  # steps whose loss or gradient was not finite
     streak: jax.Array  # of those, how many in a row until now
     best: Trained | None = None  # the leaves at the lowest validation loss
     best_loss: jax.Array | None = None
+    best_step: jax.Array | None = None  # the step that has it
     waited: jax.Array | None = None  # validations since then
 
 
@@ -39,9 +40,14 @@ def expert_state(params: Trained, optimizer: optax.GradientTransformation, keep_
     """Stage 1 before its first step; leaves are [L,E,...]."""
     count = jax.tree.leaves(params)[0].shape[1]
     zeros = jnp.zeros((count,), jnp.int32)
-    best = (jax.tree.map(jnp.copy, params), jnp.full((count,), jnp.inf), jnp.copy(zeros)) if keep_best else (None,) * 3
     opt_state = init_per_expert(optimizer, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros(()), zeros, jnp.copy(zeros), *best)
+    state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, None, zeros, jnp.copy(zeros))
+    if not keep_best:
+        return state
+    best, steps = jax.tree.map(jnp.copy, params), (jnp.copy(zeros), jnp.copy(zeros))
+    return dataclasses.replace(
+        state, best=best, best_loss=jnp.full((count,), jnp.inf), best_step=steps[0], waited=steps[1]
+    )
 
 
 def router_state(params: Trained, optimizer: optax.GradientTransformation, previous: jax.Array) -> TrainState:
@@ -141,7 +147,8 @@ def update_router(
 
 def after_validation(state: TrainState, losses: jax.Array, active: jax.Array) -> TrainState:
     """Keep the leaves of each active expert whose validation loss [E] is its lowest so far."""
-    assert state.best is not None and state.best_loss is not None and state.waited is not None
+    assert state.best is not None and state.best_loss is not None and state.best_step is not None
+    assert state.waited is not None
     better = active & (losses < state.best_loss)
 
     def pick(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -151,5 +158,6 @@ def after_validation(state: TrainState, losses: jax.Array, active: jax.Array) ->
         state,
         best=jax.tree.map(pick, state.params, state.best),
         best_loss=jnp.where(better, losses, state.best_loss),
+        best_step=jnp.where(better, state.step, state.best_step),
         waited=jnp.where(better, 0, state.waited + active.astype(jnp.int32)),
     )

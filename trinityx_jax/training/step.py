@@ -60,7 +60,7 @@ def expert_sums(
     Args:
         batch: rows grouped by expert in the stacked order (see ``TrainingBatches``).
         keys: dropout keys [L,E,B], one per layer and row; None is evaluation.
-        remat: what the backward pass keeps (``backbone.model.REMAT``).
+        remat: what the backward pass keeps (``none``, or a key of ``backbone.model.REMAT``).
     """
     whole = with_trained(experts, trained)
     count = next(iter(whole.values()))["a"].shape[1]

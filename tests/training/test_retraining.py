@@ -1,0 +1,147 @@
+"""Experts trained anew, interrupted, renamed and reordered: nobody gets what is another's, nothing stale is used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trinityx_jax import cli
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.config import load_config, parse_config
+from trinityx_jax.errors import UserError
+from trinityx_jax.runs import RunFolder, load_expert, load_experts, load_router, save_expert
+from trinityx_jax.training.expert_stage import pending, train_experts
+from trinityx_jax.training.router_stage import router_settings, train_router
+
+NAMES = ("helpful", "harmless", "honest")
+TWO = ("helpful", "honest")
+
+
+def test_an_expert_can_be_trained_anew_and_the_others_stay(
+    backbone: Backbone, configure: Any, far: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    first = configure("run")
+    before = train_experts(first, backbone)
+    assert pending(first) == []
+    assert pending(configure("run", train={"mode": "single"})) == []  # how is not what
+    files = {p: p.read_bytes() for p in (out / "experts").rglob("*") if p.is_file()}
+    changed = configure("run", data={"honest": {**first.model_dump()["data"]["honest"], "limit": 20}})
+    with pytest.raises(
+        UserError, match=r"'honest' was begun with other settings \(data.honest.limit\).*--train.experts \[honest\]"
+    ):
+        pending(changed)
+    anew = changed.model_copy(update={"train": changed.train.model_copy(update={"experts": ["honest"]})})
+    assert pending(anew) == ["honest"]
+    after = train_experts(anew, backbone)
+    assert list(after) == ["honest"]
+    assert far(after["honest"], before["honest"]) > 1e-2
+    for path, content in files.items():
+        assert (path.read_bytes() == content) == ("honest" not in path.parts)
+    assert RunFolder(out).done("experts")["names"] == list(NAMES)
+    assert pending(anew) == pending(changed) == []
+    alone = train_experts(configure("alone", data=changed.model_dump()["data"]), backbone)
+    assert far(after["honest"], alone["honest"]) <= 1e-5
+
+
+def test_a_changed_file_is_seen_and_a_fourth_expert_joins(backbone: Backbone, configure: Any, tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {i}", "input": "", "output": f"It is {i}."} for i in range(12)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    extra = {"blunt": {"source": str(path), "format": "alpaca"}}
+    values = configure("run", train={"steps": 2}).model_dump(by_alias=True)
+    train_experts(parse_config(values, "test"), backbone)
+    values["data"] |= extra
+    values["experts"]["names"] = [*NAMES, "blunt"]
+    four = parse_config(values, "test")
+    assert list(train_experts(four, backbone)) == ["blunt"]
+    assert list(load_experts(tmp_path / "run")) == [*NAMES, "blunt"]
+    path.write_text(json.dumps(rows[:10]))
+    with pytest.raises(UserError, match=r"'blunt' was begun with other settings \(files.blunt\)"):
+        pending(four)
+
+
+def test_a_router_of_an_expert_that_is_trained_anew_is_trained_anew(
+    capsys: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(tiny_run, out)
+    flags = ["--out", str(out), "--train.experts", "[honest]", "--train.steps", "2"]
+    assert cli.main(["train-experts", str(tiny_config), *flags]) == 0
+    assert RunFolder(out).done("router") is None
+    assert cli.main(["generate", str(out), "--prompt", "x"]) == 2
+    assert "has no router yet" in capsys.readouterr().err
+    with pytest.raises(UserError, match="has no router yet"):
+        load_router(out)  # its files are there, its experts are not
+    assert cli.main(["train-router", str(tiny_config.with_name("router.yaml")), "--out", str(out)]) == 0
+    assert RunFolder(out).done("router") is not None
+
+
+def test_a_saved_state_is_its_experts_own(
+    backbone: Backbone, configure: Any, far: Any, tmp_path: Path, interrupted: Any
+) -> None:
+    """Gone on with in another order, each expert still becomes what it is uninterrupted; another gets nothing of it."""
+    whole = train_experts(configure("whole", TWO), backbone)
+    with interrupted(2):
+        train_experts(configure("run", TWO), backbone)
+    found = train_experts(configure("run", TWO[::-1]), backbone)
+    for name in TWO:
+        assert far(found[name], whole[name]) <= 1e-5
+    other = train_experts(configure("run", ("harmless",)), backbone)
+    alone = train_experts(configure("alone", ("harmless",)), backbone)
+    assert far(other["harmless"], alone["harmless"]) <= 1e-5
+    assert not list((tmp_path / "run" / "checkpoints").glob("experts*"))  # all are done
+
+
+def test_the_same_experts_twice_anew_are_trained_twice(backbone: Backbone, configure: Any, far: Any) -> None:
+    found = []
+    for rate in (1e-3, 5e-3, 2e-2):
+        train = {"learning_rate": rate, "steps": 2, "experts": list(TWO) if found else None}
+        found.append(train_experts(configure("run", TWO, train=train), backbone))
+    for name in TWO:
+        assert far(found[1][name], found[0][name]) > 1e-3
+        assert far(found[2][name], found[1][name]) > 1e-3
+
+
+def test_an_expert_is_not_there_while_it_is_trained_anew(
+    backbone: Backbone, configure: Any, far: Any, tmp_path: Path, interrupted: Any
+) -> None:
+    first = train_experts(configure("run", TWO), backbone)
+    anew = configure("run", TWO, train={"experts": ["honest"], "learning_rate": 1e-2})
+    with interrupted(2):
+        train_experts(anew, backbone)
+    assert list(load_experts(tmp_path / "run")) == ["helpful"]
+    with pytest.raises(UserError, match="names 'honest', found helpful"):
+        train_router(configure("run", TWO), backbone, load_experts(tmp_path / "run"))
+    after = train_experts(anew, backbone)
+    assert list(load_experts(tmp_path / "run")) == list(TWO)
+    assert far(after["honest"], first["honest"]) > 1e-3
+    again = load_config(tmp_path / "run" / "config-experts.yaml", stage="experts")
+    assert again.train.experts is None  # the whole run's, not that call's
+
+
+def test_what_does_not_change_the_result_may_change_on_the_way(
+    backbone: Backbone, configure: Any, far: Any, interrupted: Any
+) -> None:
+    whole = train_experts(configure("whole", TWO), backbone)
+    with interrupted(2):
+        train_experts(configure("run", TWO), backbone)
+    less = configure("run", TWO, train={"accumulate": 2, "remat": "all", "max_skipped": 3})
+    found = train_experts(less, backbone)
+    for name in TWO:
+        assert far(found[name], whole[name]) <= 1e-5
+
+
+def test_a_router_is_of_its_experts_and_files(tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(tiny_run, out)
+    config = load_config(tiny_config.with_name("router.yaml"), ["--out", str(out)], "router")
+    run = RunFolder(out)
+    assert run.check_settings("router", router_settings(config))
+    save_expert(0.5 * load_expert(out / "experts" / "honest"), out / "experts" / "honest")
+    with pytest.raises(UserError, match=r"begun with other settings \(weights.honest\)"):
+        run.check_settings("router", router_settings(config))

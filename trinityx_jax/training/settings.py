@@ -1,0 +1,30 @@
+"""What a stage records of its configuration, so that nothing begun with other settings is gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from trinityx_jax.config import RunConfig
+from trinityx_jax.data import sources
+from trinityx_jax.errors import UserError
+
+SAME_RESULT = ("accumulate", "remat", "max_skipped")  # keys of ``train`` that may change while a stage is under way
+
+
+def data_settings(config: RunConfig, parts: Iterable[str]) -> dict[str, Any]:
+    """Entries of ``data`` as training uses them, and digests of their local files."""
+    values, files = {}, {}
+    for part in parts:
+        data = config.data[part]
+        values[part] = data.model_dump(mode="json", by_alias=True, exclude={"test_limit"})
+        files[part] = [sources.digest(data.source), sources.digest(data.test)]
+    return {"data": values, "files": files}
+
+
+def check_one_process() -> None:
+    """Raise UserError where several hosts run: each would train, and write, the same."""
+    if jax.process_count() > 1:
+        raise UserError(f"training runs in one process; this is one of {jax.process_count()}")

@@ -1,0 +1,32 @@
+"""Held-out losses of the experts, for early stopping and the dynamic gamma."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from trinityx_jax.backbone import BackboneConfig
+from trinityx_jax.data.batching import Batch
+from trinityx_jax.training.step import expert_sums, supervised_counts
+
+Sums = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def held_out_sums(config: BackboneConfig, dtype: Any) -> Sums:
+    """Compiled (trained, base, experts, batch) -> each expert's summed loss [E] and supervised tokens [E]."""
+
+    @jax.jit
+    def sums(trained: Any, base: Any, experts: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        count = jax.tree.leaves(trained)[0].shape[1]
+        return expert_sums(trained, base, experts, config, batch, dtype=dtype), supervised_counts(batch, count)
+
+    return sums
+
+
+def mean_losses(sums: Sums, arguments: tuple[Any, Any, Any], batches: Iterable[Batch]) -> np.ndarray:
+    """Each expert's mean loss [E] over all batches, by tokens."""
+    total = np.sum([np.asarray(sums(*arguments, batch.arrays()), np.float64) for batch in batches], axis=0)
+    return total[0] / total[1]
