@@ -1,6 +1,7 @@
 """The command line: exit codes, one sentence for bad input, nothing half-written."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -86,6 +87,10 @@ def test_the_whole_way(capsys, tiny_run: Path, tmp_path: Path) -> None:
     assert code == 0
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert results["perplexity"]["MoCaE"]["honest"]["n"] == 4
+    logs = {system: math.log(own["honest"]["value"]) for system, own in results["perplexity"].items()}
+    for other in ("base", "helpful", "harmless"):
+        found = results["own_rows"]["honest"][other]["value"]
+        assert found == pytest.approx(logs["honest"] - logs[other], abs=1e-6)
     assert len(json.loads((tmp_path / "evaluation" / "answers.json").read_text())) == 3
     for kind, *more in (("peft",), ("mocae",), ("merged", "--weights", "helpful=0.5,honest=-1")):
         code, out, _ = run(capsys, "export", tiny_run, tmp_path / kind, "--format", kind, *more)

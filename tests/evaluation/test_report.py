@@ -236,7 +236,9 @@ def plain(results: dict[str, Any]) -> str:
 
 def test_closing_table(results: dict) -> None:
     results["claims"][1] |= {"claim": "second [bold] claim", "detail": "because"}
+    results["own_rows"] = {"helpful": {"base": {"value": -0.25, "interval": [-0.31, -0.2], "n": 17}}}
     text = plain(results)
+    assert "less that of: base -0.250 [-0.310, -0.200]" in " ".join(text.split())
     assert "11.03 [11.00, 11.06]   304" in text
     assert "65.0 [62.0, 68.0]   416" in text
     assert "routing, held-out rows: accuracy 41.0 % [38.0, 44.0]" in text

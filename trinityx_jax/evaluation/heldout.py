@@ -175,7 +175,21 @@ def _tables(config: RunConfig, names: list[str], held: HeldOut, scores: Mapping[
             }
             for table, cell in cells.items():
                 out[table][system][name] = cell.as_dict()
+    out["own_rows"] = {name: _own_rows(index, name, names, held, scores, options) for index, name in enumerate(names)}
     return out
+
+
+def _own_rows(
+    index: int, name: str, names: list[str], held: HeldOut, scores: Mapping[str, Scores], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """An expert's log perplexity on its own rows less that of the base and of each other expert, paired."""
+    own = np.flatnonzero(held.objective == index)
+    against = {other: scores[other].nll[own] for other in (BASE, *names) if other != name}
+    mine = scores[name]
+    return {
+        other: metrics.log_perplexity_difference(mine.nll[own], nll, mine.tokens[own], **options).as_dict()
+        for other, nll in against.items()
+    }
 
 
 def _pair_kind(config: RunConfig, name: str) -> str:

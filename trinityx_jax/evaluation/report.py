@@ -297,7 +297,22 @@ def closing_table(results: dict[str, Any]) -> Group:
             table.add_row(Text(objective if place == 0 else ""), Text(system), *cells)
         table.add_section()
     parts: list[Any] = [table] if table.row_count else []
-    return Group(*parts, *_routing_lines(results), *_claim_lines(results))
+    return Group(*parts, *_own_lines(results), *_routing_lines(results), *_claim_lines(results))
+
+
+def _own_lines(results: Json) -> list[Text]:
+    """Each expert on its own rows against the base and the other experts."""
+    lines = []
+    for name, others in (results.get("own_rows") or {}).items():
+        parts = []
+        for other, estimate in others.items():
+            low, high = estimate["interval"]
+            parts.append(
+                f"{other} {estimate['value']:+.3f} [{low:+.3f}, {high:+.3f}] (n\N{NO-BREAK SPACE}{estimate['n']})"
+            )
+        head = (f"{name} on its own rows, log perplexity less that of: ", "bold")
+        lines.append(Text.assemble(head, " · ".join(parts)))
+    return lines
 
 
 def _routing_lines(results: Json) -> list[Text]:
