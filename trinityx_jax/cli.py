@@ -21,12 +21,12 @@ from tyro.conf import Positional, Suppress
 
 from trinityx_jax import __version__
 from trinityx_jax.commands import data, vectors
-from trinityx_jax.commands.common import OK, parse_weights, show
+from trinityx_jax.commands.common import OK, own_options, parse_weights, show
 from trinityx_jax.errors import UserError
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 NO, BAD_INPUT, STOPPED = 1, 2, 75
-MANY = ("train-experts", "train-router", "data show")  # commands that take --key.sub VALUE overrides
+MANY = ("train-experts", "train-router", "data show", "evaluate")  # commands that take --key.sub VALUE overrides
 
 
 def quickstart(out: str = "runs/quickstart", model: str | None = None, steps: int | None = None) -> int:
@@ -183,8 +183,11 @@ def generate(
     return OK
 
 
-def evaluate(run: Positional[str], out: str | None = None) -> int:
+def evaluate(run: Positional[str], overrides: Suppress[Sequence[str]] = (), out: str | None = None) -> int:
     """Perplexity, preference and routing metrics on held-out rows, with n and 95 % intervals.
+
+    On other rows than the run's: --data.NAME.test (and test_format, test_fields, test_split, test_limit), with --out.
+    --evaluate.KEY overrides how.
 
     Args:
         run: run folder.
@@ -194,7 +197,8 @@ def evaluate(run: Positional[str], out: str | None = None) -> int:
     from trinityx_jax.evaluation.report import closing_table
     from trinityx_jax.evaluation.suite import evaluate_run
 
-    results, path = evaluate_run(run, out)
+    rest, own = own_options(overrides, {"--out": out})
+    results, path = evaluate_run(run, own["--out"], rest)
     show(closing_table({**results, "claims": claims(results)}))
     print(f"wrote {path}")
     return OK
@@ -314,8 +318,10 @@ def _call(name: str, words: list[str]) -> int:
     if name not in MANY or {"-h", "--help"} & set(words):
         return tyro.cli(function, args=words, **options)
     if not words or words[0].startswith("-"):
-        raise UserError(f"{name}: name a configuration file first (trinityx {name} CONFIG [--key value ...])")
-    return function(words[0], words[1:])
+        what, first = ("run folder", "RUN") if name == "evaluate" else ("configuration file", "CONFIG")
+        raise UserError(f"{name}: name a {what} first (trinityx {name} {first} [--key value ...])")
+    parts = (word.split("=", 1) if word.startswith("--") else [word] for word in words[1:])  # --key=value
+    return function(words[0], [part for word in parts for part in word])
 
 
 def _usage(name: str, family: str = "") -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from trinityx_jax.errors import UserError
@@ -15,6 +16,18 @@ def show(renderable: Any) -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 120).print(renderable)
+
+
+def own_options(words: Sequence[str], own: dict[str, str | None]) -> tuple[list[str], dict[str, str | None]]:
+    """The configuration's overrides, and the command's own options, which stand among them."""
+    rest: list[str] = []
+    found = dict(own)
+    for flag, *value in (words[i : i + 2] for i in range(0, len(words), 2)):
+        if flag in own and value:
+            found[flag] = value[0]
+        else:
+            rest += [flag, *value]
+    return rest, found
 
 
 def parse_weights(text: str, flag: str = "--weights") -> dict[str, float]:

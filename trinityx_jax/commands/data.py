@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from tyro.conf import Positional, Suppress
 
+from trinityx_jax.commands.common import own_options
 from trinityx_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def data_show(
     from trinityx_jax.convert.load import open_tokenizer
     from trinityx_jax.training.rows import load_parts
 
-    rest, own = _own_options(overrides, {"--rows": str(rows), "--objective": objective})
+    rest, own = own_options(overrides, {"--rows": str(rows), "--objective": objective})
     if not (own["--rows"] or "").isdecimal():
         raise UserError(f"--rows {own['--rows']}: expected a number of rows")
     settings = load_config(config, rest)
@@ -63,18 +64,6 @@ def data_show(
             _show_part(console, settings, part, parts[part], tokenizer, int(own["--rows"] or 0))
             shown.add(part)
     return 0
-
-
-def _own_options(words: Sequence[str], own: dict[str, str | None]) -> tuple[list[str], dict[str, str | None]]:
-    """The configuration's overrides, and the command's own options, which stand among them."""
-    rest: list[str] = []
-    found = dict(own)
-    for flag, *value in (words[i : i + 2] for i in range(0, len(words), 2)):
-        if flag in own and value:
-            found[flag] = value[0]
-        else:
-            rest += [flag, *value]
-    return rest, found
 
 
 def _has_colour(console: Console) -> bool:

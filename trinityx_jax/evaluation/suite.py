@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,24 @@ from trinityx_jax.evaluation.heldout import evaluate
 from trinityx_jax.files import write_json
 from trinityx_jax.runs import open_run
 
+TEST_KEYS = ("test", "test_format", "test_fields", "test_split", "test_limit")  # of data.NAME
 
-def evaluate_run(run: str | Path, out: str | Path | None = None) -> tuple[dict[str, Any], Path]:
+
+def evaluate_run(
+    run: str | Path, out: str | Path | None = None, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], Path]:
     """Evaluate a run's systems on the test rows its configuration names, and answer some of their prompts.
+
+    Args:
+        overrides: ``--key.sub``, value, ... of test rows and of ``evaluate``; other test rows need their own ``out``.
 
     Returns:
         the results, and the path of ``results.json``.
 
     Raises:
-        UserError: the run is not whole, or names no test rows.
+        UserError: the run is not whole, or names no test rows; an override is not of evaluation.
     """
+    _check_overrides(overrides, out)
     opened = open_run(run)
     folder = opened.folder
     stages = ("router", "experts") if opened.router is not None else ("experts",)
@@ -29,9 +38,19 @@ def evaluate_run(run: str | Path, out: str | Path | None = None) -> tuple[dict[s
     if not found:
         raise UserError(f"{folder.path}: holds no configuration (config-experts.yaml)")
     before = (folder.done("router") or {}).get("temperature_before")
-    target, config = Path(out) if out else folder.path / "evaluation", load_config(found[0])
+    target, config = Path(out) if out else folder.path / "evaluation", load_config(found[0], overrides)
     results = evaluate(config, opened.backbone, opened.vectors, opened.router, target, before)
     if opened.router is not None:
         answers = side_by_side(config, opened.backbone, opened.vectors, opened.router)
         write_json(target / "answers.json", answers)
     return results, target / "results.json"
+
+
+def _check_overrides(overrides: Sequence[str], out: str | Path | None) -> None:
+    for flag in overrides[::2]:
+        section, *keys = flag.removeprefix("--").split(".")
+        if section == "data" and len(keys) >= 2 and keys[1] in TEST_KEYS:
+            if out is None:
+                raise UserError(f"{flag}: results on other test rows need a folder of their own (--out)")
+        elif section != "evaluate":
+            raise UserError(f"{flag}: has no effect on an evaluation ({', '.join(TEST_KEYS)}, evaluate.* have)")
