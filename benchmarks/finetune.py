@@ -8,7 +8,8 @@ Both sides train rank 64 on gate, up and down with AdamW and clipping, on rows c
 answers learned and prompts given. Each side is measured in every dtype it has and stands with its fastest
 one. Sides run in processes of their own and take turns step by step; a ratio is the median over rounds,
 in brackets its range. A model that is a folder with only config.json gets random weights. Both sides run twice:
-with the C library's memory allocator as it is, and tuned to keep freed memory, in huge pages (ALLOCATORS).
+with the C library's memory allocator as it is, and told to keep what was freed (ALLOCATORS). Large pages are not
+compared: a virtual machine may take them back while the other side has its turn.
 
 FLOPs are those that nobody can avoid, the same for both sides: 4 per frozen parameter and token (forward, and
 back to the input), 6 per LoRA parameter, 4 per vocabulary parameter and learned token, causal attention by half.
@@ -33,10 +34,8 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "v5e": 197e12, "v5 lite
 
 ALLOCATORS = {
     "default": {},
-    "tuned": {
-        "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    },
-}  # fmt: skip
+    "keeping": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)},
+}
 
 
 def main() -> None:

@@ -97,9 +97,7 @@ def test_the_whole_way(capsys, tiny_run: Path, tmp_path: Path) -> None:
     counts = json.loads((tmp_path / "fewer" / "results.json").read_text())["perplexity"]["base"]
     assert [counts[name]["n"] for name in ("helpful", "harmless", "honest")] == [4, 4, 2]
     assert "a folder of their own (--out)" in refused(capsys, "evaluate", tiny_run, *fewer[:2])
-    assert "--train.steps: has no effect" in refused(
-        capsys, "evaluate", tiny_run, "--train.steps", "2", fewer[2]
-    )
+    assert "--train.steps: has no effect" in refused(capsys, "evaluate", tiny_run, "--train.steps", "2", fewer[2])
     for kind, *more in (("peft",), ("mocae",), ("merged", "--weights", "helpful=0.5,honest=-1")):
         code, out, _ = run(capsys, "export", tiny_run, tmp_path / kind, "--format", kind, *more)
         assert code == 0
