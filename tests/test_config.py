@@ -37,6 +37,10 @@ def test_overrides_win(tmp_path: Path) -> None:
     assert config.mocae_config().temperature == 0.7
 
 
+def test_a_path_that_begins_like_a_date(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, minimal()), ["--out", "2025-13-01"]).out == "2025-13-01"
+
+
 def test_round_trip(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, minimal()), ["--train.learning_rate", "0.01"])
     save_config(config, tmp_path / "saved.yaml", "experts")
@@ -89,6 +93,17 @@ def test_a_mix_names_other_entries_which_need_no_expert(tmp_path: Path) -> None:
         (["--data.helpful", "{mix: [kind]}"], r"data\.helpful\.mix: 'kind' is not an entry"),
         (["--data.helpful", "{mix: [kind], template: chat}"], "template: this key has no effect beside mix"),
         (["--data.helpful", "{mix: []}"], "must name objectives, each once"),
+        (["--train.learning_rate", ".inf"], r"train\.learning_rate: .*finite"),
+        (["--experts.alpha", ".nan"], r"experts\.alpha: .*finite"),
+        (["--train.steps", "true"], r"train: steps: true and false are no value of this key"),
+        (["--train.steps", "99999999999999999999"], r"train\.steps: .*less than or equal"),
+        (["--seed", "9223372036854775807"], r"seed: .*less than or equal"),
+        (["--experts.sites", "[gate, gate]"], "holds a site twice"),
+        (["--experts.sites", "[]"], r"experts\.sites"),
+        (["--train.experts", "[helpful, helpful]"], "or one twice"),
+        (["--mocae.preset", "[]"], r"mocae\.preset: \[\] is not a preset"),
+        (["--out", '""'], r"out: .*at least 1 character"),
+        (["--train.steps", "5", "--train.steps", "6"], "--train.steps: this override stands twice"),
         (["--train.steps"], "needs a value"),
         (["train.steps", "3"], "expected --key.sub VALUE"),
         (["--model.size", "3"], "'model' is a value, not a section"),
@@ -106,6 +121,11 @@ def test_bad_overrides(tmp_path: Path, overrides: list[str], says: str) -> None:
         ("a: [", "not YAML"),
         ("{}", "model: this key is needed"),
         ("", "found NoneType"),
+        ("model: m\nmodel: n", r"not YAML \(the key 'model' stands twice .* line 2"),
+        ("model: m\ntrain: {steps: 1, steps: 2}", "the key 'steps' stands twice"),
+        ("model: m\nout: 2025-13-01", r"not YAML \(month must be"),
+        ("seed: !!int x", "not YAML"),
+        ("[" * 3000, "nested too deeply"),
     ],
 )
 def test_bad_files(tmp_path: Path, content: str, says: str) -> None:

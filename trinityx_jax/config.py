@@ -22,10 +22,21 @@ from trinityx_jax.mocae.router import MoCaEConfig, preset
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a folder's name on every system
 RESERVED = {"base", "MoCaE", "naive-merge", "uncalibrated"}  # systems that experts are compared with
+MOST = 2**31 - 16  # of counters and seeds, which JAX keeps in 32 bits
 
 
 class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _numbers_are_not_flags(cls, values: Any) -> Any:
+        """YAML's true and false stand for themselves, not for 1 and 0."""
+        for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
+            key = field.alias or name
+            if isinstance(values.get(key), bool) and field.annotation is not bool:
+                raise ValueError(f"{key}: true and false are no value of this key")
+        return values
 
 
 class ExpertsConfig(_Section):
@@ -34,10 +45,17 @@ class ExpertsConfig(_Section):
 
     source: str | dict[str, str] | None = Field(default=None, alias="from")
     names: list[str] = ["helpful", "harmless", "honest"]
-    rank: int = Field(default=64, ge=1)
+    rank: int = Field(default=64, ge=1, le=2**16)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    sites: list[Literal["gate", "up", "down", "q", "k", "v", "o"]] = ["gate", "up", "down"]
+    sites: list[Literal["gate", "up", "down", "q", "k", "v", "o"]] = Field(default=["gate", "up", "down"], min_length=1)
+
+    @pydantic.field_validator("sites")
+    @classmethod
+    def _once(cls, sites: list[str]) -> list[str]:
+        if len(set(sites)) < len(sites):
+            raise ValueError(f"{sites} holds a site twice")
+        return sites
 
 
 class DataConfig(_Section):
@@ -63,7 +81,7 @@ class DataConfig(_Section):
     template: Literal[TEMPLATES] = "auto"  # type: ignore[valid-type]
     calibration: float = Field(default=0.15, gt=0, lt=1)
     validation: float = Field(default=0.0, ge=0, lt=1)
-    resample: int | None = Field(default=None, ge=1)
+    resample: int | None = Field(default=None, ge=1, le=10**8)
     on_bad_row: Literal["error", "skip"] = "error"
     on_overlap: Literal["drop", "keep", "error"] = "drop"
     mix: list[str] | None = None
@@ -127,10 +145,10 @@ class TrainConfig(_Section):
     finite, each of which changes nothing, until the run stops.
     """
 
-    steps: int | None = Field(default=None, ge=1)
-    epochs: float = Field(default=3.0, gt=0)
-    batch_size: int = Field(default=8, ge=1)
-    seq_len: int = Field(default=512, ge=2)
+    steps: int | None = Field(default=None, ge=1, le=MOST)
+    epochs: float = Field(default=3.0, gt=0, le=1e6)
+    batch_size: int = Field(default=8, ge=1, le=2**20)
+    seq_len: int = Field(default=512, ge=2, le=2**24)
     learning_rate: float = Field(default=5e-4, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -150,8 +168,8 @@ class TrainConfig(_Section):
             raise ValueError(f"accumulate: {self.accumulate} parts do not divide batch_size {self.batch_size}")
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("patience: evaluate_every is needed, nothing is measured without it")
-        if self.experts is not None and not self.experts:
-            raise ValueError("experts: names no expert")
+        if self.experts is not None and (not self.experts or len(set(self.experts)) < len(self.experts)):
+            raise ValueError(f"experts: {self.experts} names no expert, or one twice")
         return self
 
 
@@ -165,7 +183,7 @@ class CheckpointConfig(_Section):
 class EvaluateConfig(_Section):
     """Rows per batch, prompts answered side by side (per objective), answer length, bootstrap resamples."""
 
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=16, ge=1, le=2**20)
     prompts: int = Field(default=1, ge=1)
     max_new_tokens: int = Field(default=48, ge=1)
     bootstrap: int = Field(default=1000, ge=100)
@@ -174,9 +192,9 @@ class EvaluateConfig(_Section):
 class RunConfig(_Section):
     """Everything a stage needs, read in one place."""
 
-    model: str
-    out: str
-    seed: int = Field(default=0, ge=0)
+    model: str = Field(min_length=1)
+    out: str = Field(min_length=1)
+    seed: int = Field(default=0, ge=0, le=MOST)
     dtype: Literal["float32", "bfloat16"] = "float32"
     experts: ExpertsConfig = ExpertsConfig()
     data: dict[str, DataConfig]
@@ -192,8 +210,10 @@ class RunConfig(_Section):
         if not names:
             raise ValueError("experts.names: at least one expert is needed")
         for name in names:
-            if not NAME.fullmatch(name) or name in RESERVED:
-                raise ValueError(f"experts.names: {name!r} cannot be an expert's name (letters, digits, '.', '_', '-')")
+            if not NAME.fullmatch(name) or name in RESERVED or len(name) > 100:
+                raise ValueError(
+                    f"experts.names: {name!r} cannot be an expert's name (letters, digits, '.', '_', '-'; at most 100)"
+                )
         if len(set(names)) < len(names):
             raise ValueError(f"experts.names: {names} holds a name twice")
         missing = [n for n in names if n not in self.data]
@@ -222,6 +242,8 @@ class RunConfig(_Section):
     def mocae_config(self) -> MoCaEConfig:
         """The router's typed switches: a preset with this file's changes."""
         changes = dict(self.mocae)
+        if not isinstance(changes.get("preset", ""), str):
+            raise UserError(f"mocae.preset: {changes['preset']!r} is not a preset's name")
         return preset(changes.pop("preset", "recommended"), **changes)
 
 
@@ -236,7 +258,16 @@ UNUSED: dict[str, dict[str, Any]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats as well: PyYAML alone reads 1e-3 as text."""
+    """YAML 1.2's floats as well (PyYAML alone reads 1e-3 as text); a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -259,8 +290,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), stage: str | No
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise UserError(f"{path}: not YAML ({reason})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
     config = parse_config(_override(values, overrides), str(path))
@@ -293,9 +325,13 @@ def save_config(config: RunConfig, path: Path, stage: str) -> None:
 def _override(values: dict[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
     if len(pairs) % 2:
         raise UserError(f"{pairs[-1]}: an override needs a value (--key.sub VALUE)")
+    seen: set[str] = set()
     for flag, raw in zip(pairs[::2], pairs[1::2], strict=True):
         if not flag.startswith("--"):
             raise UserError(f"{flag}: expected --key.sub VALUE")
+        if flag in seen:
+            raise UserError(f"{flag}: this override stands twice")
+        seen.add(flag)
         node: Any = values
         *parents, last = flag[2:].split(".")
         for key in parents:
@@ -304,7 +340,7 @@ def _override(values: dict[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"{flag}: {key!r} is a value, not a section")
         try:
             node[last] = yaml.load(raw, _Loader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # such as a path that begins like a date
             node[last] = raw
     return values
 

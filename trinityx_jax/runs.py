@@ -19,7 +19,7 @@ from trinityx_jax.config import NAME
 from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.convert.peft import is_adapter, load_peft
 from trinityx_jax.errors import UserError
-from trinityx_jax.experts import TaskVector
+from trinityx_jax.experts import SITES, TaskVector
 from trinityx_jax.experts.lora import check_fits
 from trinityx_jax.files import atomic_dir, read_json, write_json
 from trinityx_jax.mocae import MoCaEConfig, Router
@@ -54,6 +54,9 @@ class RunFolder:
         if not isinstance(info, dict) or info.get("format") != FORMAT:
             raise UserError(f"{self.info_path}: not a run description of format {FORMAT}")
         base = info.get("base")
+        for name in ("settings", "stages"):
+            if not isinstance(info.get(name), dict) or not all(isinstance(part, dict) for part in info[name].values()):
+                raise UserError(f"{self.info_path}: {name} is missing, or no object of objects")
         for name in ("model", "dtype", "fingerprint"):
             if not isinstance(base, dict) or not isinstance(base.get(name), str):
                 raise UserError(f"{self.info_path}: base.{name} is missing, or no text")
@@ -173,7 +176,11 @@ def load_expert(folder: Path) -> TaskVector:
     for key, value in _read_arrays(folder / "expert.safetensors").items():
         site, _, leaf = key.partition(".")
         sites.setdefault(site, {})[leaf] = value
+    if not sites:
+        raise UserError(f"{folder / 'expert.safetensors'}: holds no site")
     for site, leaves in sites.items():
+        if site not in SITES:
+            raise UserError(f"{folder / 'expert.safetensors'}: site {site!r} is not one of {', '.join(SITES)}")
         if set(leaves) != {"a", "b", "scale"}:
             raise UserError(f"{folder / 'expert.safetensors'}: site {site!r} holds {', '.join(sorted(leaves))}")
         for name, value in leaves.items():
@@ -181,8 +188,12 @@ def load_expert(folder: Path) -> TaskVector:
                 raise UserError(f"{folder / 'expert.safetensors'}: {site}.{name} is {value.dtype}{list(value.shape)}")
             if not jnp.isfinite(value).all():
                 raise UserError(f"{folder / 'expert.safetensors'}: {site}.{name} holds a value that is not finite")
-    if not isinstance(info.get("origin", {}), dict):
-        raise UserError(f"{folder / 'expert.json'}: 'origin' is not a JSON object")
+        a, b, scale = (leaves[name].shape for name in ("a", "b", "scale"))
+        if not (a[0] == b[0] == scale[0] and a[2] == b[1] and a[0] and a[2]):
+            raise UserError(f"{folder / 'expert.safetensors'}: {site} is {a}, {b}, {scale}: no one delta")
+    origin = info.get("origin", {})
+    if not isinstance(origin, dict) or not isinstance(origin.get("base", ""), str | None):
+        raise UserError(f"{folder / 'expert.json'}: 'origin' is not a JSON object, or its base no text")
     return TaskVector(sites, info.get("origin"))
 
 
@@ -380,6 +391,10 @@ def _read_arrays(file: Path) -> dict[str, jax.Array]:
     from safetensors.numpy import load_file
 
     try:
-        return {k: jnp.asarray(x) for k, x in load_file(file).items()}
+        arrays = load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error})") from error
+    for name, value in arrays.items():
+        if jnp.asarray(value[:0] if value.ndim else value).dtype != value.dtype:
+            raise UserError(f"{file}: {name} is {value.dtype}{list(value.shape)}")
+    return {name: jnp.asarray(value) for name, value in arrays.items()}

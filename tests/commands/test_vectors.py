@@ -238,6 +238,32 @@ def test_gamma(capsys, some_run: Path, tmp_path: Path) -> None:
     assert "needs both" in refused(capsys, "gamma", some_run, "--rate", 0.5)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"gate.a": lambda x: x[:1]}, "no one delta"),
+        ({"gate.scale": lambda x: x[:1]}, "no one delta"),
+        ({"gate.b": lambda x: x[:, :2]}, "no one delta"),
+        ({f"{s}.{k}": lambda x: x[:0] for s in SITES for k in ("a", "b", "scale")}, "no one delta"),
+        ({"gate.a": lambda x: x.astype(np.float64)}, "gate.a is float64"),
+        ({f"gate.{k}": lambda x: None for k in ("a", "b", "scale")} | {"zzz.a": lambda x: 1.0}, "zzz"),
+        ({f"{s}.{k}": lambda x: None for s in SITES for k in ("a", "b", "scale")}, "holds no site"),
+    ],
+)
+def test_a_damaged_expert_is_refused(capsys, some_run: Path, tmp_path: Path, change: dict, says: str) -> None:
+    src = tmp_path / "honest"
+    shutil.copytree(some_run / "experts" / "honest", src)
+    arrays = load_file(src / "expert.safetensors")
+    for name, edit in change.items():
+        value = edit(arrays.pop(name, np.zeros((2, 3, 4), np.float32)))
+        if value is not None:
+            arrays[name] = np.zeros((2, 3, 4), np.float32) if isinstance(value, float) else np.ascontiguousarray(value)
+    save_file(arrays, src / "expert.safetensors")
+    for command in (("show", src), ("negate", src, tmp_path / "out")):
+        assert says in refused(capsys, *command)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_not_ours_stays(capsys, some_run: Path, tmp_path: Path) -> None:
     """Trained experts, runs and strangers' folders are never replaced, and nothing is left of a refusal."""
     run_copy = shutil.copytree(some_run, tmp_path / "run")

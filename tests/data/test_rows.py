@@ -1,6 +1,7 @@
 """Reading rows: every format, and what bad input says."""
 
 import json
+import os
 import re
 
 import pyarrow as pa
@@ -163,6 +164,18 @@ def test_files_that_are_not_what_their_name_says(tmp_path, name: str, content: s
     path = write(tmp_path, name, content) if "." in name else tmp_path / name
     with pytest.raises(UserError, match=says):
         load_examples(str(path), "alpaca", skip_bad=True)
+
+
+def test_what_is_no_regular_file_or_nested_without_end(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match=r"pipe\.jsonl: not a regular file"):
+        load_examples(str(tmp_path / "pipe.jsonl"), "alpaca")
+    for nothing in ("/", "", "a\0.jsonl"):
+        with pytest.raises(UserError, match="names no file and no data set"):
+            load_examples(nothing, "alpaca")
+    deep = '[{"instruction":"a","output":"x","z":' + "[" * 900 + "]" * 900 + "}]"
+    with pytest.raises(UserError, match=r"deep\.json:1(\[0\])?: (not JSON \()?nested too deeply"):
+        load_examples(str(write(tmp_path, "deep.json", deep)), "alpaca")
 
 
 def test_parquet_holds_the_same_rows(tmp_path) -> None:

@@ -145,3 +145,35 @@ def test_a_router_is_of_its_experts_and_files(tiny_run: Path, tiny_config: Path,
     save_expert(0.5 * load_expert(out / "experts" / "honest"), out / "experts" / "honest")
     with pytest.raises(UserError, match=r"begun with other settings \(weights.honest\)"):
         run.check_settings("router", router_settings(config))
+
+
+def test_experts_of_another_configuration_stay(backbone: Backbone, configure: Any, tmp_path: Path) -> None:
+    train = {"steps": 2}
+    train_experts(configure("run", ("helpful",), train=train), backbone)
+    train_experts(configure("run", ("harmless",), train=train), backbone)
+    assert set(load_experts(tmp_path / "run")) == {"helpful", "harmless"}
+    assert pending(configure("run", ("helpful",), train=train)) == []
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(key for line in logged for key in line if key.startswith("loss/")) == [
+        "loss/harmless", "loss/harmless", "loss/helpful", "loss/helpful",
+    ]  # fmt: skip
+
+
+def test_what_learned_nothing_is_not_done(backbone: Backbone, configure: Any, tmp_path: Path) -> None:
+    """A step whose result overflows changes nothing; an expert without any other is not written."""
+    config = configure("run", ("helpful",), train={"steps": 3, "learning_rate": 1e38})
+    with pytest.raises(UserError, match="expert helpful: no step had a finite loss, gradient and result"):
+        train_experts(config, backbone)
+    assert not (tmp_path / "run" / "experts").exists()
+    assert RunFolder(tmp_path / "run").done("experts") is None
+
+
+def test_a_damaged_state_is_one_sentence(backbone: Backbone, configure: Any, tmp_path: Path, interrupted: Any) -> None:
+    with interrupted(2):
+        train_experts(configure("run", ("helpful",)), backbone)
+    data = max(
+        (p for p in (tmp_path / "run" / "checkpoints").rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(UserError, match="does not fit the configuration, or is damaged"):
+        train_experts(configure("run", ("helpful",)), backbone)

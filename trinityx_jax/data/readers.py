@@ -25,6 +25,8 @@ def read_file(path: Path, name: str) -> Iterator[Item]:
     Raises:
         UserError: the file cannot be opened, or is not of the kind that its name says.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{name}: not a regular file")
     if path.suffix == ".parquet":
         yield from _parquet(path, name)
         return
@@ -47,6 +49,8 @@ def plain(value: Any, place: str) -> Row | BadRow:
         return {_plain(str(key)): _plain(item) for key, item in value.items()}
     except UnicodeError:
         return BadRow(place, "not UTF-8", "not UTF-8")
+    except RecursionError:
+        return BadRow(place, "nested too deeply", "nested too deeply")
 
 
 def _plain(value: Any) -> Any:
@@ -165,7 +169,7 @@ def _parquet(path: Path, name: str) -> Iterator[Item]:
                     index += 1
     except FileNotFoundError:
         raise UserError(f"{name}: no such file") from None
-    except (pa.ArrowException, OSError, UnicodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeError, OverflowError) as error:
         raise UserError(f"{name}: not a Parquet file that can be read ({first_line(error)})") from error
 
 

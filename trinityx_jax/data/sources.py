@@ -33,6 +33,8 @@ def load_items(source: str, split: str = "train") -> list[Item]:
     Raises:
         UserError: nothing is there, it cannot be parsed, it is empty, or it has no such split.
     """
+    if not source.strip(" /:") or "\0" in source:
+        raise UserError(f"{source!r} names no file and no data set")
     if source.startswith(TFDS):
         items = _load_tfds(source, split)
     elif is_file(source):

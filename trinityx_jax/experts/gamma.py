@@ -112,5 +112,5 @@ def _check_options(reference: TaskVector | None, similarity: str, floor: float |
         raise UserError(f"gamma: similarity {similarity!r} is not one of {', '.join(SIMILARITIES)}")
     if similarity == "uniform" and (reference is not None or floor is not None):
         raise UserError(f"gamma: {'a floor' if reference is None else 'a reference'} has no effect on uniform gamma")
-    if floor is not None and not 0 <= floor < math.inf:
+    if floor is not None and not 0 <= floor <= float(np.finfo(np.float32).max):
         raise UserError(f"gamma: floor must be at least 0 and finite, is {floor}")

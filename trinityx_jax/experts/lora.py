@@ -166,4 +166,4 @@ def _passes(keys: jax.Array, index: int, shape: tuple[int, ...], rate: float) ->
     x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
     x = x ^ second  # here, not before: two rows' masks would be shifts of each other
     x = (x ^ (x >> 16)) * jnp.uint32(0x735A2D97)
-    return (x ^ (x >> 15)) >= jnp.uint32(round(rate * 2**32))
+    return (x ^ (x >> 15)) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))

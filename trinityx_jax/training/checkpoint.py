@@ -37,7 +37,7 @@ class Checkpoints:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(target))
-        except (ValueError, KeyError, OSError, TypeError) as error:
+        except Exception as error:  # orbax and its storage raise many kinds; each means that it cannot be had
             problem = f"does not fit the configuration, or is damaged ({first_line(error)})"
             raise UserError(f"{self.folder / str(step)}: this checkpoint {problem}") from error
 

@@ -96,7 +96,8 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
         trained |= found
         run.save_experts(found)
         before = run.done("experts") or {"names": [], "rows": {}}
-        order = [n for n in config.experts.names if n in {*before["names"], *group}]
+        known = {*before["names"], *group}  # those of other configurations stay in the run
+        order = [n for n in dict.fromkeys([*config.experts.names, *before["names"]]) if n in known]
         counts = {**before["rows"], **{name: len(rows.train[name]) for name in group}}
         run.finish("experts", names=order, rows=counts)
         shutil.rmtree(_checkpoints(run, config, group))
@@ -169,6 +170,8 @@ class _Group:
         )  # fmt: skip
         checkpoints.close()
         for name, skipped in zip(self.names, state.skipped.tolist(), strict=True):
+            if skipped >= min(self.totals[name], int(state.step)):
+                raise UserError(f"expert {name}: no step had a finite loss, gradient and result; nothing was learned")
             if skipped:
                 log.warning("expert %s: %d steps were not finite and changed nothing", name, skipped)
         return self.vectors(state)

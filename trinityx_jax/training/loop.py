@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,11 +29,12 @@ class Stopped(Exception):
 class MetricsLog:
     """``metrics.jsonl``: one flushed line a step; on resume, lines past the restored step go."""
 
-    def __init__(self, path: Path, stage: str, restored: int):
-        self.stage = stage
+    def __init__(self, path: Path, stage: str, restored: int, names: Iterable[str]):
+        self.stage, self.names = stage, set(names)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if self._keep(line, restored)]
+            lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+            kept = [line for line in lines if self._keep(line, restored)]
             write_text(path, "".join(f"{line}\n" for line in kept))
         self._last = time.monotonic()
         self._file = path.open("a", encoding="utf-8")
@@ -43,7 +44,10 @@ class MetricsLog:
             entry = json.loads(line)
         except json.JSONDecodeError:  # the line being written when the process died
             return False
-        return entry["stage"] != self.stage or entry["step"] <= restored
+        if not isinstance(entry, dict):
+            return False
+        others = {key.removeprefix("loss/") for key in entry if key.startswith("loss/")} - self.names
+        return entry.get("stage") != self.stage or entry.get("step", 0) <= restored or bool(others)
 
     def write(self, step: int, values: Mapping[str, Any], tokens: int) -> None:
         """Append one line; tokens per second are over the time since the line before."""
@@ -85,6 +89,10 @@ def stop_on_signals() -> Iterator[list[int]]:
 class Work(Protocol):
     """What a stage does in a step."""
 
+    @property
+    def names(self) -> Sequence[str]:
+        """The objectives it has, served or not."""
+
     def active(self, state: TrainState) -> tuple[str, ...]:
         """The objectives that are served from this state on; none ends the stage."""
 
@@ -125,7 +133,7 @@ def run_steps(
     """
     state = checkpoints.restore(state)
     index = int(state.step)
-    recorder = _Recorder(MetricsLog(metrics_path, stage, index), work, stage, max_skipped)
+    recorder = _Recorder(MetricsLog(metrics_path, stage, index, work.names), work, stage, max_skipped)
     try:
         with progress(stage, total, index) as bar, stop_on_signals() as signals:
             while index < total and (names := work.active(state)):

@@ -67,10 +67,10 @@ def guarded(
     total: jax.Array | int,
 ) -> tuple[Trained, Any, jax.Array]:
     """(params, optimizer state, whether it was done): one AdamW update, or nothing where a value is not finite."""
-    fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
     direction, after = optimizer.update(grads, opt_state, params)
     rate = learning_rate(train, step, total)
     moved = jax.tree.map(lambda p, d: p - (rate * d).astype(p.dtype), params, direction)
+    fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads)) & jnp.isfinite(optax.tree.norm(moved))
     keep = lambda new, old: jax.tree.map(lambda x, y: jnp.where(fine, x, y), new, old)  # noqa: E731
     return keep(moved, params), keep(after, opt_state), fine
 
