@@ -166,7 +166,7 @@ def test_a_card_names_the_parts_of_a_mix(tmp_path) -> None:
     part = {"source": "x.jsonl", "format": "alpaca"}
     data = {"a": part, "b": part | {"split": "train[:3]"}, "joint": {"mix": ["a", "b"]}}
     values = {"model": "m", "out": str(tmp_path), "data": data, "experts": {"names": ["joint"]}}
-    info = {"format": 1, "base": dict.fromkeys(("model", "dtype", "fingerprint"), "x"), "stages": {}}
+    info = {"format": 1, "base": dict.fromkeys(("model", "dtype", "fingerprint"), "x"), "stages": {}, "settings": {}}
     (tmp_path / "run.json").write_text(json.dumps(info))
     save_config(parse_config(values, "test"), tmp_path / "config-experts.yaml", "experts")
     found = _data(RunFolder(tmp_path), "experts")
