@@ -55,7 +55,7 @@ def test_it_runs_checks_its_claims_and_repeats_nothing(tiny_model: Path, tmp_pat
     assert capsys.readouterr().out.count("done before") == 5
 
     other = cli.main([*arguments[:-1], "3"])
-    assert (other, "other settings (train)" in capsys.readouterr().err) == (2, True)
+    assert (other, "other settings (train.steps)" in capsys.readouterr().err) == (2, True)
 
 
 def test_an_interrupted_run_goes_on(tiny_model: Path, tmp_path: Path, capsys, monkeypatch) -> None:

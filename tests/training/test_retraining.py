@@ -17,7 +17,6 @@ from trinityx_jax.runs import RunFolder, load_expert, load_experts, load_router,
 from trinityx_jax.training.expert_stage import pending, train_experts
 from trinityx_jax.training.router_stage import router_settings, train_router
 
-NAMES = ("helpful", "harmless", "honest")
 TWO = ("helpful", "honest")
 
 
@@ -25,12 +24,12 @@ def test_an_expert_can_be_trained_anew_and_the_others_stay(
     backbone: Backbone, configure: Any, far: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    first = configure("run")
+    first = configure("run", TWO)
     before = train_experts(first, backbone)
     assert pending(first) == []
-    assert pending(configure("run", train={"mode": "single"})) == []  # how is not what
+    assert pending(configure("run", TWO, train={"mode": "single"})) == []  # how is not what
     files = {p: p.read_bytes() for p in (out / "experts").rglob("*") if p.is_file()}
-    changed = configure("run", data={"honest": {**first.model_dump()["data"]["honest"], "limit": 20}})
+    changed = configure("run", TWO, data={"honest": {**first.model_dump()["data"]["honest"], "limit": 20}})
     with pytest.raises(
         UserError, match=r"'honest' was begun with other settings \(data.honest.limit\).*--train.experts \[honest\]"
     ):
@@ -42,24 +41,24 @@ def test_an_expert_can_be_trained_anew_and_the_others_stay(
     assert far(after["honest"], before["honest"]) > 1e-2
     for path, content in files.items():
         assert (path.read_bytes() == content) == ("honest" not in path.parts)
-    assert RunFolder(out).done("experts")["names"] == list(NAMES)
+    assert RunFolder(out).done("experts")["names"] == list(TWO)
     assert pending(anew) == pending(changed) == []
-    alone = train_experts(configure("alone", data=changed.model_dump()["data"]), backbone)
+    alone = train_experts(configure("alone", TWO, data=changed.model_dump()["data"]), backbone)
     assert far(after["honest"], alone["honest"]) <= 1e-5
 
 
-def test_a_changed_file_is_seen_and_a_fourth_expert_joins(backbone: Backbone, configure: Any, tmp_path: Path) -> None:
+def test_a_changed_file_is_seen_and_another_expert_joins(backbone: Backbone, configure: Any, tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {i}", "input": "", "output": f"It is {i}."} for i in range(12)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     extra = {"blunt": {"source": str(path), "format": "alpaca"}}
-    values = configure("run", train={"steps": 2}).model_dump(by_alias=True)
+    values = configure("run", TWO, train={"steps": 2}).model_dump(by_alias=True)
     train_experts(parse_config(values, "test"), backbone)
     values["data"] |= extra
-    values["experts"]["names"] = [*NAMES, "blunt"]
+    values["experts"]["names"] = [*TWO, "blunt"]
     four = parse_config(values, "test")
     assert list(train_experts(four, backbone)) == ["blunt"]
-    assert list(load_experts(tmp_path / "run")) == [*NAMES, "blunt"]
+    assert list(load_experts(tmp_path / "run")) == [*TWO, "blunt"]
     path.write_text(json.dumps(rows[:10]))
     with pytest.raises(UserError, match=r"'blunt' was begun with other settings \(files.blunt\)"):
         pending(four)
