@@ -92,6 +92,7 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
     groups = [names] if config.train.mode == "joint" else [[name] for name in names]
     trained: dict[str, TaskVector] = {}
     for group in groups:
+        folder = _checkpoints(run, config, group)  # named now: a data file may change while they are trained
         found = _Group(config, backbone, rows, group).train(run)
         trained |= found
         run.save_experts(found)
@@ -100,7 +101,7 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
         order = [n for n in dict.fromkeys([*config.experts.names, *before["names"]]) if n in known]
         counts = {**before["rows"], **{name: len(rows.train[name]) for name in group}}
         run.finish("experts", names=order, rows=counts)
-        shutil.rmtree(_checkpoints(run, config, group))
+        shutil.rmtree(folder, ignore_errors=True)
     if set(config.experts.names) <= set((run.done("experts") or {})["names"]):
         for folder in (run.path / "checkpoints").glob("experts*"):  # what was interrupted and never gone on with
             shutil.rmtree(folder)

@@ -44,9 +44,12 @@ def expert_state(params: Trained, optimizer: optax.GradientTransformation, keep_
     state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, None, zeros, jnp.copy(zeros))
     if not keep_best:
         return state
-    best, steps = jax.tree.map(jnp.copy, params), (jnp.copy(zeros), jnp.copy(zeros))
     return dataclasses.replace(
-        state, best=best, best_loss=jnp.full((count,), jnp.inf), best_step=steps[0], waited=steps[1]
+        state,
+        best=jax.tree.map(jnp.copy, params),
+        best_loss=jnp.full((count,), jnp.inf),
+        best_step=jnp.copy(zeros),
+        waited=jnp.copy(zeros),
     )
 
 
