@@ -88,14 +88,12 @@ def test_steps_that_are_not_finite_change_nothing_and_many_stop_with_their_rows(
         **backbone.params,
         "embed": {"embedding": backbone.params["embed"]["embedding"].at[poisoned].set(jnp.nan)},
     }
-    if "lm_head" in params:  # an input that is not finite, not an output for every row
-        pass
     broken = Backbone(backbone.config, params, backbone.tokenizer, backbone.fingerprint)
     for row in rows.train["honest"]:
         row.ids[0] = poisoned
     group = expert_stage._Group(config, broken, rows, list(NAMES))
     with pytest.raises(UserError, match=r"2 steps in a row .* step 2 with the rows samples/honest-train.csv:\d+"):
-        group.train(RunFolder(tmp_path / "run"))
+        group.train(RunFolder(tmp_path / "run"), tmp_path / "checkpoints")
     state = group.start()
     begun = jax.tree.map(np.asarray, state.params)
     for batch in group.serve(0, 2, NAMES):

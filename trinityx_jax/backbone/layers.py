@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from trinityx_jax.backbone.attention import cached_attention, causal_attention
-from trinityx_jax.backbone.products import kept, matmul
+from trinityx_jax.backbone.products import kept, matmul, narrower
 from trinityx_jax.backbone.rope import RopeScaling, inverse_frequencies
 
 Weights = Mapping[str, jax.Array]
@@ -91,7 +91,7 @@ def attention(
     def heads(name: str) -> jax.Array:
         return apply(name, weights[name], u).reshape(batch, length, -1, head_dim)
 
-    kind = min(u.dtype, weights["q"]["kernel"].dtype, key=lambda d: d.itemsize)
+    kind = narrower(u, weights["q"]["kernel"])
     q, k, v = (kept(x, kind) for x in (rotate(heads("q"), *rotary), rotate(heads("k"), *rotary), heads("v")))
     if cached is None:
         out = causal_attention(q, k, v, mask)

@@ -47,7 +47,7 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None, transposed: bool 
     """
     shape = (*x.shape[:-1], kernel.shape[-2 if transposed else -1])
     spec = f"ni,{'oi' if transposed else 'io'}->no"
-    return _product(spec, x, kernel, _operands(x, kernel, dtype), shape, x.dtype)
+    return _product(spec, x, kernel, dtype or narrower(x, kernel), shape, x.dtype)
 
 
 def _forward(x: Any, kernel: Any, dtype: Any, transposed: bool) -> tuple[jax.Array, tuple]:
@@ -58,7 +58,7 @@ def _forward(x: Any, kernel: Any, dtype: Any, transposed: bool) -> tuple[jax.Arr
 
 def _backward(dtype: Any, transposed: bool, inputs: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     x, kernel = inputs
-    dtype, letters = _operands(x, kernel, dtype), "oi" if transposed else "io"
+    dtype, letters = dtype or narrower(x, kernel), "oi" if transposed else "io"
     shape = (*g.shape[:-1], kernel.shape[-1 if transposed else -2])
     dx = _product(f"no,{letters}->ni", g, kernel, dtype, shape, x.dtype)
     return dx, _product(f"ni,no->{letters}", x, g, dtype, kernel.shape, kernel.dtype) if x.size else None
@@ -67,8 +67,9 @@ def _backward(dtype: Any, transposed: bool, inputs: tuple, g: jax.Array) -> tupl
 matmul.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _operands(x: jax.Array, kernel: jax.Array, dtype: Any) -> Any:
-    return dtype or min(x.dtype, kernel.dtype, key=lambda kind: kind.itemsize)
+def narrower(x: jax.Array, y: jax.Array) -> Any:
+    """The dtype of the two that takes fewer bytes; x's where they are alike."""
+    return min(x.dtype, y.dtype, key=lambda kind: kind.itemsize)
 
 
 def _product(spec: str, x: jax.Array, y: jax.Array, operands: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:

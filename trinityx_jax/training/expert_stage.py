@@ -85,15 +85,16 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
     run = RunFolder(config.out)
     rows = load_training_rows(config, backbone, names)
     run.open(backbone, config.model)
+    settings = {name: expert_settings(config, name) for name in names}
     for name in names:
-        _begin(config, run, name)
+        _begin(run, name, settings[name])
     whole = config.model_copy(update={"train": config.train.model_copy(update={"experts": None})})
     save_config(whole, run.path / "config-experts.yaml", "experts")
     groups = [names] if config.train.mode == "joint" else [[name] for name in names]
     trained: dict[str, TaskVector] = {}
     for group in groups:
-        folder = _checkpoints(run, config, group)  # named now: a data file may change while they are trained
-        found = _Group(config, backbone, rows, group).train(run)
+        folder = _checkpoints(run, {name: settings[name] for name in group})
+        found = _Group(config, backbone, rows, group).train(run, folder)
         trained |= found
         run.save_experts(found)
         before = run.done("experts") or {"names": [], "rows": {}}
@@ -108,9 +109,9 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
     return trained
 
 
-def _begin(config: RunConfig, run: RunFolder, name: str) -> None:
+def _begin(run: RunFolder, name: str, settings: dict[str, Any]) -> None:
     """Record an expert's settings; where it is to be trained anew, forget the old one's progress and its router."""
-    stage, settings = f"experts/{name}", expert_settings(config, name)
+    stage = f"experts/{name}"
     if run.changed(stage, settings) is None:
         run.begin(stage, settings)
         return
@@ -124,9 +125,9 @@ def _begin(config: RunConfig, run: RunFolder, name: str) -> None:
     run.begin(stage, settings, anew=True)
 
 
-def _checkpoints(run: RunFolder, config: RunConfig, names: list[str]) -> Path:
-    """Where these experts' state is saved: in this order, with these settings, or it is not found."""
-    whose = json.dumps([[name, expert_settings(config, name)] for name in names])
+def _checkpoints(run: RunFolder, settings: Mapping[str, dict[str, Any]]) -> Path:
+    """Where the state of experts is saved: in this order, with these settings, or it is not found."""
+    whose = json.dumps(list(settings.items()))
     return run.path / "checkpoints" / f"experts-{zlib.crc32(whose.encode()):08x}"
 
 
@@ -162,9 +163,9 @@ class _Group:
         self._sums = held_out_sums(backbone.config, dtype)
         self._after = jax.jit(after_validation, donate_argnums=0)
 
-    def train(self, run: RunFolder) -> dict[str, TaskVector]:
-        """The group's experts, from the newest checkpoint on."""
-        checkpoints = Checkpoints(_checkpoints(run, self.config, self.names), self.config.checkpoint)
+    def train(self, run: RunFolder, folder: Path) -> dict[str, TaskVector]:
+        """The group's experts, from the newest checkpoint in ``folder`` on."""
+        checkpoints = Checkpoints(folder, self.config.checkpoint)
         state = run_steps(
             self.start(), self, max(self.totals.values()), stage=self.label, metrics_path=run.metrics_path,
             checkpoints=checkpoints, max_skipped=self.config.train.max_skipped,
