@@ -11,6 +11,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFL
 import csv
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,29 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if item.get_closest_marker("torch") and not has_torch:
             item.add_marker(pytest.mark.skip(reason="needs torch"))
+
+
+@pytest.fixture(scope="session")
+def peak_memory():
+    """The largest VmRSS or RssAnon, in bytes, that a process reaches before it ends.
+
+    Not getrusage: a child's ru_maxrss begins at its parent's.
+    """
+
+    def watch(process, field: str) -> int:
+        peak = 0
+        while process.poll() is None:
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                break
+            found = [line for line in status.splitlines() if line.startswith(f"{field}:")]
+            peak = max([peak, *(int(line.split()[1]) * 1024 for line in found)])
+            time.sleep(0.02)
+        process.wait()
+        return peak
+
+    return watch
 
 
 @pytest.fixture(scope="module")

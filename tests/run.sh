@@ -29,4 +29,9 @@ else
 fi
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-"$venv/bin/python" -m pytest --ignore tests/test_without_torch.py -n 2 --dist loadfile "$@"
+slow=()
+for argument; do [ "$argument" != --slow ] || slow=(-m "not slow"); done
+"$venv/bin/python" -m pytest --ignore tests/test_without_torch.py -n 2 --dist loadfile "$@" ${slow[@]+"${slow[@]}"}
+if [ ${#slow[@]} -gt 0 ]; then # alone on the machine: they compare times
+    "$venv/bin/python" -m pytest --ignore tests/test_without_torch.py -s "$@" -m slow
+fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -147,4 +148,8 @@ def quickstart(out: str, model: str | None, steps: int | None) -> tuple[dict[str
 
 def peak_memory() -> float:
     """Peak resident memory of this process, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: ru_maxrss begins at that of the process which started this one
+        found = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(found.split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -39,22 +39,8 @@ def drawn(name: str, shape) -> Stored:
     return Stored(shape, np.dtype(ml_dtypes.bfloat16), lambda rows: draw(name, shape)[rows])
 
 
-def peak_anonymous(process: subprocess.Popen) -> int:
-    """The largest RssAnon, in bytes, that a process reaches before it ends."""
-    peak = 0
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        found = [line for line in status.splitlines() if line.startswith("RssAnon")]
-        peak = max([peak, *(int(line.split()[1]) * 1024 for line in found)])
-        time.sleep(0.02)
-    return peak
-
-
 @pytest.mark.slow
-def test_there_and_back(tmp_path, capsys):
+def test_there_and_back(tmp_path, capsys, peak_memory):
     """13.5 GB in and out within 3 GiB of anonymous memory each; in within twice the time of ``cp``; bit-exact."""
     import tensorstore as ts
 
@@ -79,7 +65,7 @@ def test_there_and_back(tmp_path, capsys):
     os.sync()
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "trinityx_jax", "convert", model, tmp_path / "out"])
-    peak = peak_anonymous(process)
+    peak = peak_memory(process, "RssAnon")
     took = time.monotonic() - start
     with capsys.disabled():
         print(
@@ -100,7 +86,7 @@ def test_there_and_back(tmp_path, capsys):
     for kind in ("merged", "mocae"):
         start = time.monotonic()
         process = subprocess.Popen([sys.executable, "-c", EXPORT, tmp_path / "out", tmp_path / kind, kind])
-        peak = peak_anonymous(process)
+        peak = peak_memory(process, "RssAnon")
         with capsys.disabled():
             print(f"export {kind}: {time.monotonic() - start:.1f} s, peak anonymous memory {peak / GIB:.2f} GiB")
         assert process.returncode == 0
