@@ -1,8 +1,8 @@
 """Stage 1 beside transformers + peft: same model, same rows, same LoRA; ratios of tokens/s and of peak memory.
 
-    python benchmarks/finetune.py                                  # one expert at 4x256 and 8x128; three at 2x128
-    python benchmarks/finetune.py --rows alpaca.json --rounds 9    # rows of a real file, more rounds
-    python benchmarks/finetune.py --model configs/geometry/llama2-7b --shapes 2x4096 --ours bfloat16 --peft bf16
+    pip install -e '.[torch]'                            # the other side
+    python benchmarks/finetune.py --rows alpaca.json     # one expert at 4x256 and 8x128; three at 2x128
+    python benchmarks/finetune.py --model configs/geometry/llama2-7b --shapes 2x4096 --joint --ours bfloat16 --peft bf16
 
 Both sides train rank 64 on gate, up and down with AdamW and clipping, on rows cut to the shape's length,
 answers learned and prompts given. Each side is measured in every dtype it has and stands with its fastest
@@ -23,6 +23,7 @@ import dataclasses
 import json
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--rows", default="samples/helpful-train.jsonl", help="rows in Alpaca's schema")
+    parser.add_argument("--rows", help="a file in Alpaca's schema; a geometry needs none")
     parser.add_argument("--shapes", nargs="*", type=_shape, default=[(4, 256), (8, 128)])
     parser.add_argument("--joint", nargs="*", type=_shape, default=[(2, 128)], help="rows and tokens per expert")
     parser.add_argument("--ours", nargs="+", default=["float32", "bfloat16"])
@@ -69,7 +70,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=4, help="different batches, served in turn")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    missing = [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]
+    if missing:
+        parser.error(f"the other side needs {', '.join(missing)}: pip install -e '.[torch]'")
+    if options.rows is None and not options.side and not _is_geometry(options.model):
+        parser.error("--rows: rows of a real file are needed, the shipped ones are short")
+    return options
+
+
+def _is_geometry(model: str) -> bool:
+    return Path(model).is_dir() and not list(Path(model).glob("*.safetensors"))
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -87,9 +98,8 @@ class Model:
 
 
 def _model(options: argparse.Namespace, folder: Path) -> Model:
-    path = Path(options.model)
-    if path.is_dir() and not list(path.glob("*.safetensors")):
-        return Model(str(path), random=True)
+    if _is_geometry(options.model):
+        return Model(options.model, random=True)
     from trinityx_jax.convert.export import export_merged
     from trinityx_jax.convert.load import load_backbone
 

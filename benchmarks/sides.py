@@ -118,7 +118,7 @@ def peft(job: dict[str, Any]) -> tuple[dict[str, Any], Work]:
         torch.nn.utils.clip_grad_norm_(trained, job["clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return {"loss": float(loss)}
+        return {"loss": float(loss.detach())}
 
     loss = work()["loss"]
     work()

@@ -1,14 +1,44 @@
 """Configuration: every bad key or value is one sentence that names it; every shipped file is valid."""
 
+import dataclasses
 from pathlib import Path
 
+import pydantic_core
 import pytest
 import yaml
 
-from trinityx_jax.config import load_config, save_config
+from trinityx_jax.config import SECTIONS, RunConfig, load_config, save_config
 from trinityx_jax.errors import UserError
+from trinityx_jax.mocae.router import MoCaEConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """Defaults by key by section, of the tables in docs/configuration.md."""
+    out: dict[str, dict[str, str]] = {}
+    for block in (Path(__file__).parents[1] / "docs" / "configuration.md").read_text().split("\n## ")[1:]:
+        title, *lines = block.splitlines()
+        rows = [line.split("|")[1:3] for line in lines if line.startswith("| `")]
+        out[title] = {key.strip(" `"): default.strip() for keys, default in rows for key in keys.split(",")}
+    return out
+
+
+def test_every_key_and_default_is_documented() -> None:
+    def said(value: object) -> str:
+        if value is None or value is pydantic_core.PydanticUndefined:
+            return "–"
+        if isinstance(value, bool):
+            return str(value).lower()
+        return ", ".join(value) if isinstance(value, list) else str(value)
+
+    found = documented()
+    assert set(found.pop("Top level")) == set(RunConfig.model_fields)
+    for title, section in SECTIONS.items():
+        told = {key: "–" if default == "needed" else default for key, default in found.pop(title).items()}
+        assert told == {field.alias or name: said(field.default) for name, field in section.model_fields.items()}
+    switches = {field.name: said(field.default) for field in dataclasses.fields(MoCaEConfig)}
+    assert found == {"mocae": switches}
 
 
 def minimal() -> dict:

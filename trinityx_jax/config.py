@@ -247,6 +247,14 @@ class RunConfig(_Section):
         return preset(changes.pop("preset", "recommended"), **changes)
 
 
+SECTIONS: dict[str, type[_Section]] = {
+    "experts": ExpertsConfig,
+    "data": DataConfig,  # one for each name
+    "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
+    "evaluate": EvaluateConfig,
+}
+
 # Keys that a stage does not use: setting one there is an error, and they are not saved with it.
 UNUSED: dict[str, dict[str, Any]] = {
     "experts": {"experts": {"source"}, "mocae": True},
@@ -345,6 +353,12 @@ def _override(values: dict[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+SAID = {  # pydantic's words, where they are not a user's
+    "list_type": "expected a list, such as [a, b]",
+    "dict_type": "expected keys and values",
+    "model_type": "expected keys and values",
+    "dataclass_type": "expected keys and values",
+}
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names for a key that there is not
 
 
@@ -354,23 +368,16 @@ def _sentence(error: Mapping[str, Any], values: Mapping[str, Any]) -> str:
         return f"{place}: unknown key{_nearest(str(error['loc'][-1]), _known(error['loc']))}"
     if error["type"] == "missing":
         return f"{place}: this key is needed"
-    message = error["msg"].removeprefix("Value error, ")
+    message = SAID.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     shown = f" (it is {error['input']!r})" if place and not isinstance(error["input"], dict) else ""
     return f"{place}: {message}{shown}" if place else message
 
 
 def _known(loc: Sequence[Any]) -> list[str]:
     """The keys of the section in which an unknown key stood."""
-    sections: dict[str, type[_Section]] = {
-        "experts": ExpertsConfig,
-        "data": DataConfig,
-        "train": TrainConfig,
-        "checkpoint": CheckpointConfig,
-        "evaluate": EvaluateConfig,
-    }
     if "fields" in str(loc[-2:-1]):  # data.NAME.fields and test_fields
         return [field.name for field in dataclasses.fields(FieldMap)]
-    model: type[_Section] = RunConfig if len(loc) == 1 else sections[str(loc[0])]
+    model: type[_Section] = RunConfig if len(loc) == 1 else SECTIONS[str(loc[0])]
     return [field.alias or name for name, field in model.model_fields.items()]
 
 

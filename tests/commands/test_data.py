@@ -55,10 +55,10 @@ def config(tmp_path, tiny_config):
 def test_counts_and_rows(capsys, config) -> None:
     assert cli.main(["data", "show", str(config), "--rows", "1", "--train.seq_len", "60"]) == 0
     out = capsys.readouterr().out
-    assert "joint: a mix of safe, helpful" in out
+    assert re.search(r"joint: a mix of safe, helpful\n  examples: 31 train, 7 calibration, 3 validation;", out)
     assert out.count("\nsafe: ") == 1
-    assert "21 rows read, 1 bad ones skipped, 3 dropped as test prompts" in out
-    assert "11 train, 3 calibration, 3 validation; 0 cut" in out
+    assert "21 rows read, 1 bad ones skipped, 0 without an answer to learn; 3 examples dropped as test prompts" in out
+    assert "examples: 11 train, 3 calibration, 3 validation; 0 cut" in out
     assert re.search(r"\[\[r\\x1b\[31m \d+<\|im_end\|>\]\]", out)  # a row's escape codes are shown, not obeyed
     assert re.search(r"x\.jsonl:\d+: \d+ tokens, \d+ given, \d+ learned\n", out)
     assert re.search(

@@ -62,6 +62,6 @@ def test_what_is_cut_is_counted(tiny_tokenizer, caplog) -> None:
             assert row.cut == (prompt - row.prompt_length, answer - (len(row.ids) - row.prompt_length))
         lost = [sum(row.cut[i] for row in rows) for i in (0, 1)]
         count = sum(any(row.cut) for row in rows)
-        assert f"{count} of 2 rows" in caplog.text
+        assert f"rows: {count} of 2" in caplog.text
         assert f"{lost[0]} tokens of prompts and {lost[1]} of answers are lost" in caplog.text
     assert rows[1].place == "x:3"

@@ -98,6 +98,9 @@ def test_a_sum_concatenates_ranks_and_never_grows_to_the_weights() -> None:
     assert (X + Y).ranks == {"gate": 5, "up": 1, "down": 10}
     assert (X - Y).ranks == (X + Y).ranks
     assert (-X).ranks == X.ranks
+    np.testing.assert_array_equal(sum([X, Y]).dense("gate"), (X + Y).dense("gate"))  # Python's sum begins with 0
+    with pytest.raises(TypeError):
+        1 + X
 
 
 def test_inner_norm_and_cosine_equal_the_dense_ones() -> None:

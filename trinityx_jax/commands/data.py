@@ -16,7 +16,7 @@ from trinityx_jax.errors import UserError
 if TYPE_CHECKING:
     from trinityx_jax.config import RunConfig
     from trinityx_jax.data.templates import Encoded
-    from trinityx_jax.training.rows import Part
+    from trinityx_jax.training.rows import Part, Rows
 
 GIVEN, LEARNED, CUT = 0, 1, 2
 STYLES = {GIVEN: "dim", LEARNED: "bold green", CUT: "red strike"}
@@ -40,7 +40,7 @@ def data_show(
     """
     from trinityx_jax.config import load_config
     from trinityx_jax.convert.load import open_tokenizer
-    from trinityx_jax.training.rows import load_parts
+    from trinityx_jax.training.rows import encode_parts, load_parts, put_together
 
     rest, own = own_options(overrides, {"--rows": str(rows), "--objective": objective})
     if not (own["--rows"] or "").isdecimal():
@@ -53,6 +53,8 @@ def data_show(
     if tokenizer is None:
         raise UserError(f"{settings.model}: holds no tokenizer; rows cannot be shown as tokens")
     parts = load_parts(settings, names)
+    encoded = encode_parts(settings, parts, tokenizer)
+    whole = put_together(settings, parts, encoded, names)
     console = Console()
     if not _has_colour(console):
         console.print("given text, [[learned text]], {{text that does not fit}}", markup=False, highlight=False)
@@ -60,8 +62,9 @@ def data_show(
     for name in names:
         if settings.data[name].mix:
             console.print(f"\n{name}: a mix of {', '.join(settings.parts(name))}", style="bold", highlight=False)
+            console.print(_sizes(whole, name, settings.train.seq_len), highlight=False)
         for part in [p for p in settings.parts(name) if p not in shown]:
-            _show_part(console, settings, part, parts[part], tokenizer, int(own["--rows"] or 0))
+            _show_part(console, settings, part, parts[part], encoded, tokenizer, int(own["--rows"] or 0))
             shown.add(part)
     return 0
 
@@ -70,25 +73,34 @@ def _has_colour(console: Console) -> bool:
     return console.color_system is not None and not console.no_color
 
 
-def _show_part(console: Console, config: RunConfig, name: str, part: Part, tokenizer: Any, count: int) -> None:
+def _sizes(rows: Rows, name: str, seq_len: int) -> str:
+    """How many examples each use of an entry, or of a mix, has, and what of them is cut."""
+    from trinityx_jax.training.rows import USES
+
+    uses = {use: getattr(rows, use)[name] for use in USES}
+    cut = [row.cut for row in itertools.chain(*uses.values()) if any(row.cut)]
+    sizes = ", ".join(f"{len(own):,} {use}" for use, own in uses.items() if own or use != "validation")
+    return f"  examples: {sizes}; {len(cut):,} cut to {seq_len} tokens ({sum(map(sum, cut)):,} tokens lost)"
+
+
+def _show_part(
+    console: Console, config: RunConfig, name: str, part: Part, encoded: Rows, tokenizer: Any, count: int
+) -> None:
     """One entry of ``data``: where it comes from, its counts, its first rows."""
     from trinityx_jax.data import templates
 
     data = config.data[name]
     template = templates.resolve(data.template, tokenizer)
-    uses = {"train": part.train, "calibration": part.calibration, "validation": part.validation}
-    encoded = {use: templates.encode(template, own, tokenizer, config.train.seq_len) for use, own in uses.items()}
-    cut = [row.cut for row in itertools.chain(*encoded.values()) if any(row.cut)]
-    sizes = ", ".join(f"{len(own):,} {use}" for use, own in uses.items() if own or use != "validation")
     lines = [
         f"\n{name}: {data.source} (split {data.split}, format {data.format}, template {template})",
-        f"  {part.read:,} rows read, {part.skipped:,} bad ones skipped, {part.dropped:,} dropped as test prompts",
-        f"  {sizes}; {len(cut):,} cut to {config.train.seq_len} tokens ({sum(map(sum, cut)):,} tokens lost)",
+        f"  {part.read:,} rows read, {part.skipped:,} bad ones skipped, {part.silent:,} without an answer to learn; "
+        f"{part.dropped:,} examples dropped as test prompts",
+        _sizes(encoded, name, config.train.seq_len),
     ]
     for line, style in zip(lines, ("bold", "", ""), strict=True):
         console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
     whole = templates.encode(template, part.train[:count], tokenizer, 10**9)
-    for row, full in zip(encoded["train"][:count], whole, strict=True):
+    for row, full in zip(encoded.train[name][:count], whole, strict=True):
         learned = len(row.ids) - row.prompt_length
         head = f"\n{row.place}: {len(row.ids)} tokens, {row.prompt_length} given, {learned} learned"
         if any(row.cut):

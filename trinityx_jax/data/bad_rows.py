@@ -36,7 +36,7 @@ class BadRows:
     def add(self, row: BadRow) -> None:
         """Count a row, or raise it."""
         if not self.skip:
-            raise row
+            raise UserError(f"{row} (data.NAME.on_bad_row: skip leaves such rows out)") from row
         self.kinds[row.kind] += 1
         self.first = self.first or row
         self.last = row

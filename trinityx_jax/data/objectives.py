@@ -19,11 +19,15 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """What a source gave: rows read (by position, of the split), those skipped, and what was made of the rest."""
+    """What a source gave: rows read (by position, of the split), those skipped, and what was made of the rest.
+
+    ``silent``: rows that hold no answer to learn, such as unsafe ones.
+    """
 
     items: list[T]
     read: int
     bad: BadRows
+    silent: int = 0
 
 
 def load_examples(
@@ -71,7 +75,7 @@ def read_examples(
         paper.check(source, split, len(examples), paper.answers, "(prompt, answer) rows")
     if not examples:
         raise UserError(f"{source}: no row can be learned from as {format_name!r}")
-    return Loaded(examples[:limit], loaded.read, loaded.bad)
+    return Loaded(examples[:limit], loaded.read, loaded.bad, sum(not found for found in loaded.items))
 
 
 def load_pairs(

@@ -79,11 +79,16 @@ def encode_prompts(template: str, examples: Sequence[Example], tokenizer: Any) -
     return tokenizer(texts, add_special_tokens=template != "chat")["input_ids"]
 
 
-def encode(template: str, examples: Sequence[Example], tokenizer: Any, seq_len: int) -> list[Encoded]:
+def encode(
+    template: str, examples: Sequence[Example], tokenizer: Any, seq_len: int, what: str = "rows"
+) -> list[Encoded]:
     """Tokenise examples as prompt + response + end-of-sequence, at most ``seq_len`` tokens each.
 
     A row that is too long loses its answer's tail; where the prompt alone is too long, its tail goes too,
     and one answer token stays. So both answers of a pair keep the same prompt. Cut rows are counted.
+
+    Args:
+        what: the rows' name in the warning that counts those cut.
 
     Raises:
         UserError: the tokenizer has no end-of-sequence token.
@@ -101,15 +106,15 @@ def encode(template: str, examples: Sequence[Example], tokenizer: Any, seq_len: 
         learned = whole[: seq_len - len(given)]
         cut = (len(prompt) - len(given), len(whole) - len(learned))
         out.append(Encoded(np.asarray(given + learned, np.int32), len(given), example.place, cut))
-    _warn_of_cuts(out, seq_len)
+    _warn_of_cuts(out, seq_len, what)
     return out
 
 
-def _warn_of_cuts(rows: Sequence[Encoded], seq_len: int) -> None:
+def _warn_of_cuts(rows: Sequence[Encoded], seq_len: int, what: str) -> None:
     cut = [row for row in rows if any(row.cut)]
     if cut:
         prompt, answer = (sum(row.cut[i] for row in cut) for i in (0, 1))
         log.warning(
-            "%d of %d rows (%s ...) are cut to %d tokens: %d tokens of prompts and %d of answers are lost",
-            len(cut), len(rows), cut[0].place, seq_len, prompt, answer,
+            "%s: %d of %d (%s ...) are cut to %d tokens: %d tokens of prompts and %d of answers are lost",
+            what, len(cut), len(rows), cut[0].place, seq_len, prompt, answer,
         )  # fmt: skip

@@ -65,8 +65,9 @@ def load_held_out(config: RunConfig, names: Sequence[str], backbone: Backbone) -
     rejected: list[Encoded] = []
     for index, name in enumerate(names):
         for data, own in held_out_pairs(config, name):
-            for target, part in ((chosen, [p.chosen for p in own]), (rejected, [p.rejected for p in own])):
-                target += templates.encode(data.template, part, backbone.tokenizer, config.train.seq_len)
+            for target, kind in ((chosen, "chosen"), (rejected, "rejected")):
+                part, what = [getattr(p, kind) for p in own], f"{name}, {kind} answers of test rows"
+                target += templates.encode(data.template, part, backbone.tokenizer, config.train.seq_len, what)
             pairs += own
             objective += [index] * len(own)
     return HeldOut(pairs, np.asarray(objective), chosen, rejected)

@@ -73,6 +73,9 @@ class TaskVector:
             }
         return TaskVector(out)
 
+    def __radd__(self, other: Any) -> TaskVector:  # sum() begins with 0
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def __sub__(self, other: TaskVector) -> TaskVector:
         return self + (-other) if isinstance(other, TaskVector) else NotImplemented
 

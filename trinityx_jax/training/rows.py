@@ -19,6 +19,7 @@ from trinityx_jax.data.templates import Encoded, encode
 from trinityx_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+USES = ("train", "calibration", "validation")  # of an entry's rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Part:
     """The examples of one entry of ``data``, and what became of the others.
 
     Attributes:
-        read: rows of the split; skipped: bad ones among them.
+        read: rows of the split; skipped: bad ones among them; silent: those without an answer to learn.
         dropped: examples whose prompt stands in the test rows too.
         tests: every prompt of the test rows, normalised.
     """
@@ -45,6 +46,7 @@ class Part:
     validation: list[Example]
     read: int
     skipped: int
+    silent: int
     dropped: int
     tests: frozenset[str]
 
@@ -64,7 +66,8 @@ def load_training_rows(
     if backbone.tokenizer is None:
         raise UserError(f"{config.model}: holds no tokenizer; training needs one")
     names = config.experts.names if experts is None else experts
-    rows = encode_parts(config, load_parts(config, names), backbone.tokenizer, names, together)
+    parts = load_parts(config, names)
+    rows = put_together(config, parts, encode_parts(config, parts, backbone.tokenizer), names, together)
     for name in names if together else ():
         if not rows.calibration[name]:
             raise UserError(f"data.{name}: too few rows to hold some out for calibration")
@@ -83,21 +86,26 @@ def load_parts(config: RunConfig, experts: Sequence[str] | None = None) -> dict[
     return parts
 
 
-def encode_parts(
-    config: RunConfig, parts: Mapping[str, Part], tokenizer: Any, experts: Sequence[str], together: bool = False
-) -> Rows:
-    """Tokenise, each entry in its template, and put mixes together; arguments as ``load_training_rows``."""
+def encode_parts(config: RunConfig, parts: Mapping[str, Part], tokenizer: Any) -> Rows:
+    """Tokenise, each entry of ``data`` in its template: rows by entry."""
     rows = Rows({}, {}, {})
-    for target in ("train", "calibration", "validation"):
-        encoded = {
-            name: encode(config.data[name].template, getattr(part, target), tokenizer, config.train.seq_len)
-            for name, part in parts.items()
-        }
-        for expert in experts:
-            own = config.parts(expert)
-            getattr(rows, target)[expert] = [row for name in own for row in encoded[name]]
-            if target == "train":
-                rows.train[expert] = _not_held_out(expert, own, parts, encoded, parts if together else own)
+    for name, part in parts.items():
+        for use, own in ((use, getattr(part, use)) for use in USES):
+            what = f"data.{name}, {use} rows"
+            getattr(rows, use)[name] = encode(config.data[name].template, own, tokenizer, config.train.seq_len, what)
+    return rows
+
+
+def put_together(
+    config: RunConfig, parts: Mapping[str, Part], encoded: Rows, experts: Sequence[str], together: bool = False
+) -> Rows:
+    """Rows by entry to rows by expert, mixes joined; arguments as ``load_training_rows``."""
+    rows = Rows({}, {}, {})
+    for expert in experts:
+        own = config.parts(expert)
+        for use in USES:
+            getattr(rows, use)[expert] = [row for name in own for row in getattr(encoded, use)[name]]
+        rows.train[expert] = _not_held_out(expert, own, parts, encoded.train, parts if together else own)
     return rows
 
 
@@ -139,7 +147,7 @@ def _load_part(name: str, data: DataConfig, seed: int) -> Part:
         train = [train[i] for i in draws.integers(len(train), size=data.resample)]
     dropped = len(loaded.items) - len(kept)
     questions = frozenset(e.question for e in tests)
-    return Part(train, calibration, validation, loaded.read, loaded.bad.count, dropped, questions)
+    return Part(train, calibration, validation, loaded.read, loaded.bad.count, loaded.silent, dropped, questions)
 
 
 def _apart(name: str, data: DataConfig, examples: list[Example], tests: list[Example]) -> list[Example]:
