@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from trinityx_jax.backbone import Backbone, BackboneConfig, unembed
+from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, gamma
 from trinityx_jax.generation.decode import combine
 from trinityx_jax.mocae import Router, hidden_states, token_routing
 from trinityx_jax.mocae.router import init_router as new_router
 from trinityx_jax.mocae.router import preset as named_preset
+from trinityx_jax.mocae.statistics import RoutingStatistics, routing_statistics
 from trinityx_jax.runs import check_base, gamma_reference
 
 
@@ -38,6 +40,34 @@ def init_router(
     return new_router(backbone.config, list(experts), static, mocae, seed)
 
 
+@overload
+def forward(
+    backbone: Backbone,
+    tokens: np.ndarray | jax.Array,
+    *,
+    experts: Mapping[str, TaskVector] | None = ...,
+    router: Router | None = ...,
+    weights: Mapping[str, float] | None = ...,
+    mask: np.ndarray | jax.Array | None = ...,
+    statistics: Literal[False] = ...,
+    objectives: None = ...,
+) -> tuple[jax.Array, jax.Array | None]: ...
+
+
+@overload
+def forward(
+    backbone: Backbone,
+    tokens: np.ndarray | jax.Array,
+    *,
+    experts: Mapping[str, TaskVector] | None = ...,
+    router: Router | None = ...,
+    weights: Mapping[str, float] | None = ...,
+    mask: np.ndarray | jax.Array | None = ...,
+    statistics: Literal[True],
+    objectives: Sequence[str] | None = ...,
+) -> tuple[jax.Array, jax.Array, RoutingStatistics]: ...
+
+
 def forward(
     backbone: Backbone,
     tokens: np.ndarray | jax.Array,
@@ -46,22 +76,46 @@ def forward(
     router: Router | None = None,
     weights: Mapping[str, float] | None = None,
     mask: np.ndarray | jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+    statistics: bool = False,
+    objectives: Sequence[str] | None = None,
+) -> Any:
     """Logits [B,S,V] in float32, and routing probabilities pi [B,S,L,E] or None for an unrouted model.
 
     Args:
         tokens: [B,S] ids. mask: [B,S], True at real tokens; None means all.
         experts: with a ``router``, or with static ``weights`` {name: w}; without, the base model.
+        statistics: return ``RoutingStatistics`` as a third value; those per objective want ``objectives``,
+            the name of each row's expert.
 
     Raises:
-        UserError: names do not match, or an expert was trained on another base.
+        UserError: names do not match, or an expert was trained on another base; statistics are asked of an
+            unrouted model, or objectives without statistics.
     """
+    labels = _labels(router, statistics, objectives)
     for name, vector in (experts or {}).items():
         check_base(f"expert {name!r}", vector.origin.get("base"), backbone.fingerprint)
     stacked, static = combine(backbone.config, experts, router, weights)
     tokens = jnp.asarray(tokens, jnp.int32)
     real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
-    return _forward(backbone.params, tokens, real, stacked, router, static, config=backbone.config)
+    logits, pi = _forward(backbone.params, tokens, real, stacked, router, static, config=backbone.config)
+    if not statistics:
+        return logits, pi
+    if labels is not None and len(labels) != len(tokens):
+        raise UserError(f"objectives: {len(labels)} names for {len(tokens)} rows")
+    return logits, pi, routing_statistics(pi, real, labels)
+
+
+def _labels(router: Router | None, statistics: bool, objectives: Sequence[str] | None) -> jax.Array | None:
+    if objectives is not None and not statistics:
+        raise UserError("objectives: has no effect without statistics")
+    if statistics and router is None:
+        raise UserError("statistics: there is no router")
+    if objectives is None or router is None:
+        return None
+    for name in objectives:
+        if name not in router.names:
+            raise UserError(f"objectives: {name!r} is not one of {', '.join(router.names)}")
+    return jnp.asarray([router.names.index(name) for name in objectives])
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -35,6 +35,14 @@ REFERENCE = {
     "batch_diversity": (MEAN * np.log(MEAN)).sum(axis=-1).mean(),
     "token_literal": -(TOKENS * np.log(TOKENS)).sum(axis=-1).mean(),
     "kl": (MEAN * np.log(MEAN / PREVIOUS)).sum(axis=-1).mean(),
+    "kl token": np.mean(
+        [
+            (PI[b, s] * np.log(PI[b, s] / PI[b, s - 1])).sum(axis=-1)
+            for b, s in np.argwhere(MASK)
+            if s and MASK[b, s - 1]
+        ]
+    ),
+    "kl layer": (TOKENS[:, 1:] * np.log(TOKENS[:, 1:] / TOKENS[:, :-1])).sum(axis=-1).mean(),
     "gate": -np.log([ROWS[0, 0], ROWS[1, 2], ROWS[2, 1]]).mean(),
 }
 FUNCTIONS: dict[str, Callable[[Any], jax.Array]] = {
@@ -42,7 +50,9 @@ FUNCTIONS: dict[str, Callable[[Any], jax.Array]] = {
     "row": lambda pi: losses.row_routing(pi, jnp.asarray(MASK)),
     "batch_diversity": lambda pi: losses.entropy_loss(pi, jnp.asarray(MASK), "batch_diversity"),
     "token_literal": lambda pi: losses.entropy_loss(pi, jnp.asarray(MASK), "token_literal"),
-    "kl": lambda pi: losses.kl_loss(losses.mean_routing(pi, jnp.asarray(MASK)), jnp.asarray(PREVIOUS, jnp.float32)),
+    "kl": lambda pi: losses.kl_loss(pi, jnp.asarray(MASK), jnp.asarray(PREVIOUS, jnp.float32), "step"),
+    "kl token": lambda pi: losses.kl_loss(pi, jnp.asarray(MASK), jnp.asarray(PREVIOUS), "token"),
+    "kl layer": lambda pi: losses.kl_loss(pi, jnp.asarray(MASK), jnp.asarray(PREVIOUS), "layer"),
     "gate": lambda pi: losses.gate_loss(pi, jnp.asarray(MASK), jnp.asarray(OBJECTIVE)),
 }
 
@@ -56,7 +66,11 @@ def test_values_equal_float64_and_masked_tokens_do_not_matter(name: str) -> None
     if np.ndim(REFERENCE[name]) == 0:
         slope = jax.grad(lambda z: FUNCTIONS[name](jax.nn.softmax(z)))(jnp.asarray(Z, jnp.float32))
         assert not np.any(np.asarray(slope)[~MASK])
-        assert np.all(np.any(np.asarray(slope)[MASK] != 0, axis=-1))
+        learns = np.any(np.asarray(slope) != 0, axis=-1)  # [B,S,L]
+        first = MASK & ~np.pad(MASK, ((0, 0), (1, 0)))[:, :-1]  # what is only ever "before" is a constant
+        expected = np.repeat(MASK[..., None] & ~(first[..., None] & (name == "kl token")), L, axis=-1)
+        expected[:, :, 0] &= name != "kl layer"
+        np.testing.assert_array_equal(learns, expected)
 
 
 def test_uniform_routing_has_the_known_values() -> None:
@@ -65,7 +79,7 @@ def test_uniform_routing_has_the_known_values() -> None:
     np.testing.assert_allclose(losses.entropy_loss(pi, mask, "batch_diversity"), -np.log(E), rtol=1e-6)
     np.testing.assert_allclose(losses.entropy_loss(pi, mask, "token_literal"), np.log(E), rtol=1e-6)
     np.testing.assert_allclose(losses.gate_loss(pi, mask, jnp.asarray(OBJECTIVE)), np.log(E), rtol=1e-6)
-    np.testing.assert_allclose(losses.kl_loss(losses.mean_routing(pi, mask), uniform), 0, atol=1e-7)
+    np.testing.assert_allclose(losses.kl_loss(pi, mask, uniform, "step"), 0, atol=1e-7)
 
 
 def test_decisive_but_balanced_routing_tells_the_two_entropies_apart() -> None:
@@ -102,9 +116,11 @@ def test_minimising_token_literal_sharpens_and_batch_diversity_balances() -> Non
 
 def test_the_kl_leaves_the_previous_step_alone() -> None:
     mean, previous = jnp.asarray(MEAN, jnp.float32), jnp.asarray(PREVIOUS, jnp.float32)
-    assert not np.any(jax.grad(losses.kl_loss, argnums=1)(mean, previous))
-    np.testing.assert_allclose(losses.kl_loss(mean, mean), 0, atol=1e-7)
-    np.testing.assert_array_equal(losses.next_previous(mean, previous, "step"), mean)
+    pi, mask = jnp.asarray(PI, jnp.float32), jnp.asarray(MASK)
+    assert not np.any(jax.grad(losses.kl_loss, argnums=2)(pi, mask, previous, "step"))
+    np.testing.assert_allclose(losses.kl_loss(pi, mask, mean, "step"), 0, atol=1e-7)
+    for kind in ("step", "token", "layer"):
+        np.testing.assert_array_equal(losses.next_previous(mean, previous, kind), mean)
     np.testing.assert_allclose(losses.next_previous(mean, previous, "ema"), 0.9 * PREVIOUS + 0.1 * MEAN, rtol=1e-5)
     slope = jax.grad(lambda m: jnp.sum(losses.next_previous(m, previous, "ema")))(mean)
     assert not np.any(slope)
@@ -112,7 +128,7 @@ def test_the_kl_leaves_the_previous_step_alone() -> None:
 
 def test_an_expert_that_top_k_closed_keeps_every_loss_finite() -> None:
     pi = jnp.asarray(np.where(np.arange(E) == 0, 0.0, 0.5) * np.ones((B, S, L, 1)), jnp.float32)
-    for name in ("batch_diversity", "token_literal", "kl", "gate"):
+    for name in ("batch_diversity", "token_literal", "kl", "kl token", "kl layer", "gate"):
         value, slope = jax.value_and_grad(FUNCTIONS[name])(pi)
         assert np.isfinite(value)
         assert np.all(np.isfinite(slope))

@@ -33,16 +33,31 @@ def entropy_loss(pi: jax.Array, mask: jax.Array, kind: str) -> jax.Array:
     return jnp.sum(per_token * weight) / jnp.maximum(jnp.sum(weight) * pi.shape[2], 1.0)
 
 
-def kl_loss(mean: jax.Array, previous: jax.Array) -> jax.Array:
-    """KL(mean pi of this batch || previous) per layer [L,E], averaged over layers."""
-    previous = jax.lax.stop_gradient(previous)
-    return jnp.mean(jnp.sum(mean * (jnp.log(mean + TINY) - jnp.log(previous + TINY)), axis=-1))
+def divergence(p: jax.Array, q: jax.Array) -> jax.Array:
+    """KL(p || q) over the last axis, q a constant: [...,E] -> [...]."""
+    return jnp.sum(p * (jnp.log(p + TINY) - jnp.log(jax.lax.stop_gradient(q) + TINY)), axis=-1)
+
+
+def kl_loss(pi: jax.Array, mask: jax.Array, previous: jax.Array, kind: str) -> jax.Array:
+    """KL(pi || pi before), what "before" is being the reading (METHOD 2).
+
+    ``step`` and ``ema``: the batch's mean per layer against ``previous`` [L,E]. ``token``: each token against
+    the one before it in its row. ``layer``: each layer against the one below. Averaged over layers and tokens.
+    """
+    if kind in ("step", "ema"):
+        return jnp.mean(divergence(mean_routing(pi, mask), previous))
+    if kind == "token":
+        change, real = divergence(pi[:, 1:], pi[:, :-1]), mask[:, 1:] & mask[:, :-1]  # [B,S-1,L]
+    else:
+        change, real = divergence(pi[:, :, 1:], pi[:, :, :-1]), mask  # [B,S,L-1]
+    weight = real.astype(jnp.float32)[..., None]
+    return jnp.sum(change * weight) / jnp.maximum(jnp.sum(weight) * change.shape[2], 1.0)
 
 
 def next_previous(mean: jax.Array, previous: jax.Array, kind: str) -> jax.Array:
     """pi_prev for the next step: this batch's mean, or an exponential average (0.9) for ``ema``."""
     mean = jax.lax.stop_gradient(mean)
-    return mean if kind == "step" else 0.9 * previous + 0.1 * mean
+    return 0.9 * previous + 0.1 * mean if kind == "ema" else mean
 
 
 def gate_loss(pi: jax.Array, mask: jax.Array, objective: jax.Array) -> jax.Array:

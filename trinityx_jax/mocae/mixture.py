@@ -7,6 +7,7 @@ Shapes: B batch, S sequence, D hidden, F feed-forward, E experts, R rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from trinityx_jax.mocae import router as routing
 from trinityx_jax.mocae.router import MoCaEConfig
 
 Mlp = Mapping[str, Any]
+CHUNK = 32  # tokens whose branches stay in a CPU's cache; 16 to 64 are alike
 
 
 def mixture(
@@ -40,45 +42,68 @@ def mixture(
     """
     narrow = mlp["gate"]["kernel"].dtype
     gate, up = kept(linear(mlp["gate"], u), narrow), kept(linear(mlp["up"], u), narrow)  # [B,S,F]
-    # The backward pass needs gate, up and u anyway; the E branches are cheaper made again than kept.
-    branches = jax.checkpoint(_branches, static_argnums=(5, 6, 7))
-    mixed, low = branches(gate, up, u, experts, alpha, activation, anchored, narrow)
+    lows = {site: kept(_low(experts[site], u, narrow)) for site in ("gate", "up") if site in experts}
+    factors = {site: experts[site]["b"] for site in lows}
+    if "down" in experts:
+        factors["down"] = experts["down"]["a"]
+    branches = functools.partial(_branches, ACTIVATION_FUNCTIONS[activation], anchored, narrow)
+    mixed, low = _by_tokens(branches, factors, (gate, up, lows, alpha))
     y = linear(mlp["down"], mixed)
     if not anchored and "bias" in mlp["down"]:  # every expert carries the bias: it is weighted too
         bias = mlp["down"]["bias"].astype(u.dtype)
         y = y + (jnp.sum(alpha, axis=-1, keepdims=True) - 1.0).astype(u.dtype) * bias
     if low is not None:
-        b = experts["down"]["b"]  # [E,R,D]
-        y = y + matmul(low, b.reshape(-1, b.shape[-1]), narrow)
+        down = experts["down"]
+        low = (low * down["scale"].astype(low.dtype)[:, None]).reshape(*low.shape[:-2], -1)
+        y = y + matmul(low, down["b"].reshape(-1, y.shape[-1]), narrow)
     return y
 
 
-def _branches(
-    gate: jax.Array,
-    up: jax.Array,
-    u: jax.Array,
-    experts: lora.Experts,
-    alpha: jax.Array,
-    activation: str,
-    anchored: bool,
-    narrow: Any,
-) -> tuple[jax.Array, jax.Array | None]:
-    """sum_i alpha_i m_i [B,S,F], and what alpha_i m_i leaves in the down site's low rank [B,S,E*R]."""
-    act = ACTIVATION_FUNCTIONS[activation]
+def _low(site: lora.Site, u: jax.Array, dtype: Any) -> jax.Array:
+    """What a site's experts see of u, scaled, side by side: [B,S,D] -> [B,S,E,R]."""
+    count, size, rank = site["a"].shape
+    low = matmul(u, jnp.swapaxes(site["a"], 0, 1).reshape(size, -1), dtype)
+    return low.reshape(*u.shape[:-1], count, rank) * site["scale"].astype(u.dtype)[:, None]
+
+
+def _branches(act: Any, anchored: bool, dtype: Any, factors: Mapping[str, jax.Array], tokens: Any) -> Any:
+    """sum_i alpha_i m_i [...,F], and what alpha_i m_i leaves in the down site's low rank [...,E,R] (or None)."""
+    gate, up, lows, alpha = tokens
+
+    def site(name: str, y: jax.Array, e: int) -> jax.Array:
+        return y + matmul(lows[name][..., e, :], factors[name][e], dtype) if name in lows else y
+
     base = act(gate) * up if anchored else None
     mixed = jnp.zeros(gate.shape, jnp.float32)
-    lows = []
+    down = []
     for e in range(alpha.shape[-1]):
-        one = {site: {k: x[e] for k, x in leaf.items()} for site, leaf in experts.items()}
-        m = act(gate + _delta(one.get("gate"), u, narrow)) * (up + _delta(one.get("up"), u, narrow))
+        m = act(site("gate", gate, e)) * site("up", up, e)
         weight = alpha[..., e : e + 1]
         mixed = mixed + weight * (m if base is None else m - base).astype(jnp.float32)
-        if "down" in one:
-            weighted = (weight * m.astype(jnp.float32)).astype(u.dtype)
-            lows.append(one["down"]["scale"].astype(u.dtype) * matmul(weighted, one["down"]["a"], narrow))
-    mixed = mixed.astype(u.dtype)
-    mixed = mixed if base is None else base + mixed
-    return mixed, jnp.concatenate(lows, axis=-1) if lows else None
+        if "down" in factors:
+            down.append(matmul((weight * m.astype(jnp.float32)).astype(gate.dtype), factors["down"][e], dtype))
+    mixed = mixed.astype(gate.dtype)
+    return mixed if base is None else base + mixed, jnp.stack(down, axis=-2) if down else None
+
+
+def _by_tokens(function: Any, factors: Any, tokens: Any) -> Any:
+    """``function(factors, tokens)`` over [B,S,...] leaves, its insides made again in the backward pass.
+
+    On a CPU a few tokens at a time, so that the E branches of F values each stay in its cache.
+    """
+    function = jax.checkpoint(function)
+    batch, length = jax.tree.leaves(tokens)[0].shape[:2]
+    if jax.default_backend() != "cpu" or batch * length <= CHUNK:
+        return function(factors, tokens)
+    whole = batch * length // CHUNK * CHUNK
+    flat = jax.tree.map(lambda x: x.reshape(batch * length, *x.shape[2:]), tokens)
+    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, CHUNK, *x.shape[1:]), flat)
+    out = jax.lax.map(functools.partial(function, factors), chunks)
+    out = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), out)
+    if whole < batch * length:
+        rest = function(factors, jax.tree.map(lambda x: x[whole:], flat))
+        out = jax.tree.map(lambda *parts: jnp.concatenate(parts), out, rest)
+    return jax.tree.map(lambda x: x.reshape(batch, length, *x.shape[1:]), out)
 
 
 def weight_mixture(mlp: Mlp, experts: lora.Experts, u: jax.Array, alpha: jax.Array, activation: str) -> jax.Array:
@@ -93,14 +118,6 @@ def weight_mixture(mlp: Mlp, experts: lora.Experts, u: jax.Array, alpha: jax.Arr
         return y + lora.delta_weighted(experts[name], x, alpha, mlp[name]["kernel"].dtype) if name in experts else y
 
     return site("down", act(site("gate", u)) * site("up", u))
-
-
-def _delta(site: lora.Site | None, x: jax.Array, dtype: Any) -> jax.Array | float:
-    """One expert's delta: [...,in] -> [...,out]; zero where the expert has no such site."""
-    if site is None:
-        return 0.0
-    low = matmul(x, site["a"], dtype) * site["scale"].astype(x.dtype)
-    return matmul(low, site["b"], dtype)
 
 
 def routed_feed_forward(config: BackboneConfig, mocae: MoCaEConfig, deterministic: bool = True) -> FeedForward:

@@ -22,7 +22,7 @@ CHOICES = {
     "output": ("prenorm", "gated", "layernorm"),
     "gamma_similarity": ("cosine", "inner", "uniform"),
     "entropy": ("batch_diversity", "token_literal"),
-    "kl": ("step", "ema"),
+    "kl": ("step", "ema", "token", "layer"),
     "attention_deltas": (None, "drop", "merge", "route"),
 }
 NORM_EPS = 1e-5

@@ -16,6 +16,7 @@ from trinityx_jax.experts.lora import Experts
 from trinityx_jax.mocae import Router, hidden_states, losses, token_routing
 from trinityx_jax.mocae.attention import grouped_attention, split_sites
 from trinityx_jax.mocae.mixture import grouped_feed_forward
+from trinityx_jax.mocae.statistics import routing_statistics
 from trinityx_jax.training.loss import sum_by_group, supervised_nll
 from trinityx_jax.training.optimizer import expert_norms
 from trinityx_jax.training.state import Trained, TrainState, update_experts, update_router
@@ -192,7 +193,7 @@ def router_loss(
     """L = L_task + lambda_entropy L_entropy + lambda_kl L_KL + lambda_gate L_gate (paper 3.2, METHOD 2).
 
     Returns:
-        the loss, and its parts with ``gate_accuracy`` and the batch's mean routing [L,E].
+        the loss; its parts, ``gate_accuracy``, means of ``routing_statistics``, and the batch's mean routing [L,E].
     """
     router = dataclasses.replace(router, **trained)
     mocae = router.config
@@ -203,11 +204,10 @@ def router_loss(
     nll = supervised_nll(base, config, hidden, batch)
     task = jnp.sum(nll) / jnp.maximum(jnp.sum(batch["valid"]), 1)
     pi, mask = token_routing(aux), batch["mask"]
-    mean = losses.mean_routing(pi, mask)
     parts = {
         "loss_task": task,
         "loss_entropy": losses.entropy_loss(pi, mask, mocae.entropy),
-        "loss_kl": losses.kl_loss(mean, previous),
+        "loss_kl": losses.kl_loss(pi, mask, previous, mocae.kl),
         "loss_gate": losses.gate_loss(pi, mask, batch["objective"]),
     }
     total = parts["loss_task"]
@@ -217,7 +217,8 @@ def router_loss(
     real = jnp.any(mask, axis=1)
     hit = (jnp.argmax(losses.row_routing(pi, mask), axis=-1) == batch["objective"]) & real
     parts["gate_accuracy"] = jnp.sum(hit) / jnp.maximum(jnp.sum(real), 1)
-    return total, {**parts, "mean_routing": mean}
+    found = routing_statistics(pi, mask, previous=previous)
+    return total, {**parts, **found.means(), "mean_routing": found.load}
 
 
 def router_step(
@@ -233,7 +234,7 @@ def router_step(
         )  # fmt: skip
         mean = parts.pop("mean_routing")
         previous = losses.next_previous(mean, state.previous, router.config.kl)
-        metrics = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads), "load": jnp.mean(mean, axis=0)}
+        metrics = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads)}
         state = update_router(train, optimizer, state, grads, loss, total, previous)
         return state, metrics | {"streak": state.streak, "skipped": state.skipped}
 

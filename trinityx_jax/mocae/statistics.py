@@ -1,0 +1,75 @@
+"""What a router does with a batch: per token, per layer, per objective."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from trinityx_jax.mocae.losses import TINY, divergence, mean_routing, row_routing
+
+
+@flax.struct.dataclass
+class RoutingStatistics:
+    """Entropies are in nats; means are over real tokens; O objectives are the E experts in their order.
+
+    Attributes:
+        entropy: of each token's pi [B,S,L]; 0 at padding.
+        choice: each token's likeliest expert [B,S,L]; -1 at padding.
+        layer_entropy: mean of ``entropy`` [L].
+        load: mean pi [L,E].
+        kl: of ``load`` against a previous one [L]; None without.
+        accuracy: share of each objective's rows whose mean pi is highest at their own expert [O], NaN where
+            there is no row; None without objectives, like the next two.
+        objective_entropy: [O,L]. objective_load: [O,L,E].
+    """
+
+    entropy: jax.Array
+    choice: jax.Array
+    layer_entropy: jax.Array
+    load: jax.Array
+    kl: jax.Array | None = None
+    accuracy: jax.Array | None = None
+    objective_entropy: jax.Array | None = None
+    objective_load: jax.Array | None = None
+
+    def means(self) -> dict[str, jax.Array]:
+        """What is logged of a step: entropy, kl and load [E], over layers."""
+        out = {"entropy": jnp.mean(self.layer_entropy), "load": jnp.mean(self.load, axis=0)}
+        return out if self.kl is None else {**out, "kl": jnp.mean(self.kl)}
+
+
+def routing_statistics(
+    pi: jax.Array, mask: jax.Array, objective: jax.Array | None = None, previous: jax.Array | None = None
+) -> RoutingStatistics:
+    """Statistics of pi [B,S,L,E] in float32.
+
+    Args:
+        mask: [B,S], True at real tokens.
+        objective: [B], the index of each row's own expert.
+        previous: [L,E], a mean pi to compare with.
+    """
+    real = mask[..., None]
+    entropy = jnp.where(real, -jnp.sum(pi * jnp.log(pi + TINY), axis=-1), 0.0)
+    load = mean_routing(pi, mask)
+    per_objective = {}
+    if objective is not None:
+        count = pi.shape[-1]
+        own = jax.nn.one_hot(objective, count) * jnp.any(mask, axis=1)[:, None]  # [B,O]
+        tokens = jnp.maximum(jnp.einsum("bo,bs->o", own, mask.astype(jnp.float32)), 1.0)
+        weight = own[:, None] * mask[..., None]  # [B,S,O]
+        hit = jnp.argmax(row_routing(pi, mask), axis=-1) == objective
+        rows = jnp.sum(own, axis=0)
+        per_objective = {
+            "accuracy": jnp.where(rows > 0, (hit.astype(jnp.float32) @ own) / jnp.maximum(rows, 1.0), jnp.nan),
+            "objective_entropy": jnp.einsum("bsl,bso->ol", entropy, weight) / tokens[:, None],
+            "objective_load": jnp.einsum("bsle,bso->ole", pi, weight) / tokens[:, None, None],
+        }
+    return RoutingStatistics(
+        entropy=entropy,
+        choice=jnp.where(real, jnp.argmax(pi, axis=-1), -1),
+        layer_entropy=jnp.sum(entropy, axis=(0, 1)) / jnp.maximum(jnp.sum(mask), 1),
+        load=load,
+        kl=None if previous is None else divergence(load, previous),
+        **per_objective,
+    )
