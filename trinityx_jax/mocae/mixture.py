@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from trinityx_jax.backbone import BackboneConfig
 from trinityx_jax.backbone.layers import ACTIVATION_FUNCTIONS, linear
 from trinityx_jax.backbone.model import FeedForward
-from trinityx_jax.backbone.products import kept, matmul
+from trinityx_jax.backbone.products import activations, kept, matmul
 from trinityx_jax.experts import lora
 from trinityx_jax.mocae import router as routing
 from trinityx_jax.mocae.router import MoCaEConfig
@@ -46,7 +46,7 @@ def mixture(
     factors = {site: experts[site]["b"] for site in lows}
     if "down" in experts:
         factors["down"] = experts["down"]["a"]
-    branches = functools.partial(_branches, ACTIVATION_FUNCTIONS[activation], anchored, narrow)
+    branches = functools.partial(_branches, ACTIVATION_FUNCTIONS[activation], anchored, activations(narrow))
     mixed, low = _by_tokens(branches, factors, (gate, up, lows, alpha))
     y = linear(mlp["down"], mixed)
     if not anchored and "bias" in mlp["down"]:  # every expert carries the bias: it is weighted too
@@ -81,7 +81,8 @@ def _branches(act: Any, anchored: bool, dtype: Any, factors: Mapping[str, jax.Ar
         weight = alpha[..., e : e + 1]
         mixed = mixed + weight * (m if base is None else m - base).astype(jnp.float32)
         if "down" in factors:
-            down.append(matmul((weight * m.astype(jnp.float32)).astype(gate.dtype), factors["down"][e], dtype))
+            low = matmul(m, factors["down"][e], dtype)  # weighed after: alpha m would be one more array of F values
+            down.append((weight * low.astype(jnp.float32)).astype(gate.dtype))
     mixed = mixed.astype(gate.dtype)
     return mixed if base is None else base + mixed, jnp.stack(down, axis=-2) if down else None
 

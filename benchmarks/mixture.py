@@ -1,0 +1,218 @@
+"""What a mixture of E low-rank experts costs beside its base: ratios of time, and memory, in one run.
+
+    python benchmarks/mixture.py                                   # D 2048, F 5632, 4 layers, E 3, rank 16, 512 tokens
+    python benchmarks/mixture.py --experts 1 3 6 12 --ways shared --parts feed-forward
+    python benchmarks/mixture.py --model configs/geometry/llama2-7b --ranks 64 --dtype bfloat16
+    python benchmarks/mixture.py --xlora                           # peft's X-LoRA beside its own base (torch)
+
+Parts: one layer's feed-forward; the forward pass (to the final hidden states); a training step of the router alone
+(of the base: forward and the gradient of its input); a decode step of one sequence. Each way is timed in turns with
+the base; a ratio is the median over rounds, in brackets its range. The FLOP bound counts matrix products alone.
+Temporary memory is what XLA's compiled program says. Weights are random. Ways are explained in ``mixtures.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from mixtures import WAYS, Way
+from turns import Child, ratio, serve, take_turns
+
+from trinityx_jax.backbone import BackboneConfig, Decoder
+from trinityx_jax.backbone.cache import empty_cache
+from trinityx_jax.backbone.model import abstract_params
+from trinityx_jax.backbone.products import activations
+from trinityx_jax.experts import init_expert, stack
+from trinityx_jax.mocae import init_router, preset
+from trinityx_jax.mocae.router import per_layer
+
+PARTS = ("feed-forward", "forward", "train", "decode")
+SMALL = BackboneConfig(
+    vocab_size=1024, hidden_size=2048, intermediate_size=5632, num_layers=4, num_heads=32, num_kv_heads=4, head_dim=64,
+    rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=4096,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Parse, measure every combination, print a table for each."""
+    options = _arguments()
+    if options.side:
+        from xlora import xlora
+
+        serve(*xlora(json.loads(options.job)))
+        return
+    config = SMALL if options.model is None else _geometry(options.model, options.layers)
+    for rank in options.ranks:
+        for count in options.experts:
+            _table(options, config, count, rank)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder with config.json (default: D 2048, F 5632, 4 layers)")
+    parser.add_argument("--layers", type=int, help="fewer layers than --model has")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--experts", type=int, nargs="+", default=[3])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16])
+    parser.add_argument("--ways", nargs="+", default=[way for way in WAYS if way != "base"], choices=WAYS)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--xlora", action="store_true", help="peft's X-LoRA too, beside its own base")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.xlora and find_spec("peft") is None:
+        parser.error("--xlora needs peft: pip install -e '.[torch]'")
+    return options
+
+
+def _geometry(folder: str, layers: int | None) -> BackboneConfig:
+    config = BackboneConfig.from_hf(json.loads((Path(folder) / "config.json").read_text()))
+    return config if layers is None else dataclasses.replace(config, num_layers=layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Random ones: the base's, the stacked experts', the router's by layer."""
+
+    config: BackboneConfig
+    base: Any
+    experts: Any
+    router: Any
+
+
+def _draw(config: BackboneConfig, count: int, rank: int, dtype: str) -> Weights:
+    key = jax.random.key(0)
+    leaves, tree = jax.tree.flatten(nn.meta.unbox(abstract_params(config)))
+    keys = jax.random.split(key, len(leaves))
+    draw = jax.jit(lambda k, x: (0.02 * jax.random.normal(k, x.shape)).astype(dtype), static_argnums=1)
+    base = jax.tree.unflatten(tree, [draw(k, x) for k, x in zip(keys, leaves, strict=True)])
+    names = [f"e{i}" for i in range(count)]
+    experts = stack([init_expert(config, rank, 2.0 * rank, ("gate", "up", "down"), 0, name) for name in names])
+    for site, x in experts.items():
+        noise = jax.random.normal(jax.random.fold_in(key, len(site)), x["b"].shape)
+        experts[site] = {**x, "b": 0.02 * noise}
+    router = init_router(config, names, jnp.full((count,), 1 / count), preset("recommended"))
+    return Weights(config, base, experts, per_layer(router, config.num_layers))
+
+
+Unit = Callable[[], Any]
+
+
+def _unit(part: str, way: Way, weights: Weights, tokens: int, dtype: Any) -> tuple[Unit, int]:
+    """One unit of a part's work, and the temporary bytes of its compiled program."""
+    config, base = weights.config, weights.base
+    mlp = {site: base["blocks"][site] for site in ("gate", "up", "down")}
+    inputs = way.inputs(mlp, weights.experts, weights.router)
+    function = way.function(config)
+    ids = jax.random.randint(jax.random.key(1), (1, tokens), 0, config.vocab_size)
+    mask = jnp.ones(ids.shape, bool)
+
+    def decode(base: Any, inputs: Any, ids: Any, cache: Any) -> Any:
+        return Decoder(config, function, dtype).apply({"params": base}, ids, jnp.ones_like(ids, bool), inputs, cache)
+
+    def forward(base: Any, inputs: Any, remat: str = "none") -> jax.Array:
+        out: Any = Decoder(config, function, dtype, remat).apply({"params": base}, ids, mask, inputs)
+        return out[0]
+
+    def train(base: Any, inputs: Any) -> Any:
+        def loss(trained: Any) -> jax.Array:
+            if inputs is None:
+                table = base["embed"]["embedding"] + trained.astype(base["embed"]["embedding"].dtype)
+                return jnp.sum(forward({**base, "embed": {"embedding": table}}, None, "kept"))
+            router = {**inputs["router"], **trained}
+            return jnp.sum(forward(base, {**inputs, "router": router}, "kept"))
+
+        trained = {k: inputs["router"][k] for k in ("kernel", "bias")} if inputs else jnp.zeros((1, 1))
+        return jax.grad(loss)(trained)
+
+    def layer(mlp: Any, inputs: Any, u: jax.Array) -> Any:
+        return function(mlp, u, u, inputs)[0]
+
+    args: tuple[Any, ...] = (base, inputs)
+    if part == "feed-forward":
+        u = jax.random.normal(jax.random.key(2), (1, tokens, config.hidden_size), dtype)
+        work, args = layer, (*jax.tree.map(lambda x: x[0], (mlp, inputs)), u)
+    elif part == "decode":
+        cache = empty_cache(config, 1, tokens, dtype)
+        cache = dataclasses.replace(cache, filled=mask.at[:, -1].set(False), length=jnp.asarray(tokens - 1))
+        work, args = decode, (*args, ids[:, :1], cache)
+    else:
+        work = {"forward": forward, "train": train}[part]
+    compiled = jax.jit(work).lower(*args).compile()
+    return functools.partial(compiled, *args), compiled.memory_analysis().temp_size_in_bytes
+
+
+def _table(options: argparse.Namespace, config: BackboneConfig, count: int, rank: int) -> None:
+    weights = _draw(config, count, rank, options.dtype)
+    d, f = config.hidden_size, config.intermediate_size
+    print(
+        f"\nE {count}, rank {rank}, D {d}, F {f}, {config.num_layers} layers, {options.tokens} tokens, "
+        f"{options.dtype}, {jax.devices()[0].device_kind}"
+    )
+    for part in options.parts:
+        names = dict.fromkeys(("base", *options.ways))
+        units = {n: _unit(part, WAYS[n], weights, options.tokens, activations(options.dtype)) for n in names}
+        seconds = _turns({name: unit for name, (unit, _) in units.items()}, options.rounds)
+        for name in units:
+            middle, low, high = ratio(seconds[name], seconds["base"])
+            own = sorted(seconds[name])[len(seconds[name]) // 2]
+            bound = _bound(config, part, options.tokens, WAYS[name].flops(d, f, count, rank))
+            print(
+                f"  {part:12} {name:16} {own * 1e3:9.1f} ms  {middle:5.2f}x [{low:.2f}, {high:.2f}]   "
+                f"FLOP bound {bound:.3f}x   temporary {units[name][1] / 2**20:8.1f} MiB",
+                flush=True,
+            )
+    if options.xlora:
+        _xlora(options, config, count, rank)
+
+
+def _turns(units: dict[str, Unit], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each unit by round, one after another, in turns from both ends."""
+    seconds: dict[str, list[float]] = {name: [] for name in units}
+    for unit in units.values():
+        jax.block_until_ready(unit())
+    for number in range(rounds):
+        for name in list(units) if number % 2 == 0 else reversed(list(units)):
+            began = time.perf_counter()
+            jax.block_until_ready(units[name]())
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def _bound(config: BackboneConfig, part: str, tokens: int, feed_forward: float) -> float:
+    """Matrix-product FLOPs over the base's, attention included (the same in all)."""
+    d, f, wide = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+    own = 6 * d * f
+    if part == "feed-forward":
+        return feed_forward
+    seen = tokens if part == "decode" else tokens / 2
+    attention = 4 * d * wide + 4 * d * config.num_kv_heads * config.head_dim + 4 * seen * wide
+    return (attention + own * feed_forward) / (attention + own)
+
+
+def _xlora(options: argparse.Namespace, config: BackboneConfig, count: int, rank: int) -> None:
+    """peft's X-LoRA over torch's base, both of the same geometry."""
+    job = {"config": config.to_hf(), "experts": count, "rank": rank, "tokens": options.tokens, "dtype": options.dtype}
+    children = [Child(__file__, "xlora", {**job, "routed": flag}) for flag in (False, True)]
+    seconds = take_turns(children, options.rounds)
+    for child in children:
+        child.close()
+    middle, low, high = ratio(seconds[1], seconds[0])
+    print(f"  forward      peft's X-LoRA over its base   {middle:5.2f}x [{low:.2f}, {high:.2f}]")
+
+
+if __name__ == "__main__":
+    main()
