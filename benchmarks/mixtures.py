@@ -53,6 +53,13 @@ def _dense(mlp: Tree, experts: Tree, router: Tree) -> Any:
     return {"weights": {site: whole(site) for site in experts}, "router": router}
 
 
+def _apart(mlp: Tree, experts: Tree, router: Tree) -> Any:
+    """The same as an array for each expert: slices of one would be copies."""
+    whole = _dense(mlp, experts, router)["weights"]
+    count = whole["gate"].shape[1]
+    return {"weights": [{site: x[:, e] for site, x in whole.items()} for e in range(count)], "router": router}
+
+
 def _alpha(router: Tree, u: jax.Array, top_k: int | None = None) -> jax.Array:
     pi = routing.probabilities(routing.logits(router, u), router["temperature"], top_k)
     return routing.mixture_weights(pi, router["gamma"], "convex")
@@ -64,8 +71,8 @@ def _naive(config: BackboneConfig) -> FeedForward:
     def apply(_: Any, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         alpha, w = _alpha(layer["router"], u), layer["weights"]
         for e in range(alpha.shape[-1]):
-            m = jax.nn.silu(matmul(u, w["gate"][e])) * matmul(u, w["up"][e])
-            h = h + alpha[..., e : e + 1].astype(h.dtype) * matmul(m, w["down"][e])
+            m = jax.nn.silu(matmul(u, w[e]["gate"])) * matmul(u, w[e]["up"])
+            h = h + alpha[..., e : e + 1].astype(h.dtype) * matmul(m, w[e]["down"])
         return h, None
 
     return apply
@@ -94,7 +101,10 @@ def _mixlora(config: BackboneConfig) -> FeedForward:
 
 
 def _full_top_2(config: BackboneConfig) -> FeedForward:
-    """H3Fusion's layer: distinct full experts, the two likeliest of each token, grouped products."""
+    """H3Fusion's layer: distinct full experts, the two likeliest of each token, grouped products.
+
+    A CPU has no grouped product in XLA: there every expert multiplies every row.
+    """
 
     def apply(_: Any, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         alpha, w = _alpha(layer["router"], u, 2), layer["weights"]
@@ -123,6 +133,6 @@ WAYS: dict[str, Way] = {
         lambda c: routed_feed_forward(c, preset("recommended", mixing="weights")), _factors, _low_rank
     ),
     "MixLoRA-style": Way(_mixlora, _factors, lambda d, f, e, r: (2 + e) / 3 + _low_rank(d, f, e, r) - 1),
-    "naive": Way(_naive, _dense, lambda d, f, e, r: float(e)),
+    "naive": Way(_naive, _apart, lambda d, f, e, r: float(e)),
     "full, top 2": Way(_full_top_2, _dense, lambda d, f, e, r: float(min(2, e))),
 }
