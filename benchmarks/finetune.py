@@ -113,7 +113,7 @@ def _single(options: argparse.Namespace, model: Model, shape: tuple[int, int], f
     job = _job(options, model, shape, 1, folder)
     sides = [("ours", d) for d in options.ours] + [("peft", d) for d in options.peft]
     children = [Child(__file__, side, {**job, "dtype": dtype}, ALLOCATORS[allocator]) for side, dtype in sides]
-    seconds = take_turns(children, options.rounds)
+    seconds = take_turns([child.turn for child in children], options.rounds)
     peaks = [child.close() for child in children]
     what = f"{shape[0]} x {shape[1]} tokens ({job['tokens']} real, {job['learned']} learned), rank {RANK}, one expert"
     print(f"\n{what}, allocator {allocator}")
@@ -158,7 +158,7 @@ def _joint(options: argparse.Namespace, model: Model, shape: tuple[int, int], fo
     for dtype in options.ours:
         job["dtype"] = dtype
         children = [Child(__file__, side, job, ALLOCATORS[allocator]) for side in ("ours", "ours-alone")]
-        joint, alone = take_turns(children, options.rounds)
+        joint, alone = take_turns([child.turn for child in children], options.rounds)
         peaks = [child.close() for child in children]
         middle, low, high = ratio(alone, joint)
         print(f"\n3 experts, each {shape[0]} x {shape[1]} tokens, rank {RANK}, {dtype}, allocator {allocator}")

@@ -23,15 +23,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from mixtures import WAYS, Way
 from turns import Child, ratio, serve, take_turns
 
-from trinityx_jax.backbone import BackboneConfig, Decoder
+from trinityx_jax.backbone import BackboneConfig, Decoder, init_params
 from trinityx_jax.backbone.cache import empty_cache
-from trinityx_jax.backbone.model import abstract_params
 from trinityx_jax.backbone.products import activations
 from trinityx_jax.experts import init_expert, stack
 from trinityx_jax.mocae import init_router, preset
@@ -95,10 +93,7 @@ class Weights:
 
 def _draw(config: BackboneConfig, count: int, rank: int, dtype: str) -> Weights:
     key = jax.random.key(0)
-    leaves, tree = jax.tree.flatten(nn.meta.unbox(abstract_params(config)))
-    keys = jax.random.split(key, len(leaves))
-    draw = jax.jit(lambda k, x: (0.02 * jax.random.normal(k, x.shape)).astype(dtype), static_argnums=1)
-    base = jax.tree.unflatten(tree, [draw(k, x) for k, x in zip(keys, leaves, strict=True)])
+    base = jax.jit(lambda: jax.tree.map(lambda x: x.astype(dtype), init_params(config)))()
     names = [f"e{i}" for i in range(count)]
     experts = stack([init_expert(config, rank, 2.0 * rank, ("gate", "up", "down"), 0, name) for name in names])
     for site, x in experts.items():
@@ -165,7 +160,8 @@ def _table(options: argparse.Namespace, config: BackboneConfig, count: int, rank
     for part in options.parts:
         names = dict.fromkeys(("base", *options.ways))
         units = {n: _unit(part, WAYS[n], weights, options.tokens, activations(options.dtype)) for n in names}
-        seconds = _turns({name: unit for name, (unit, _) in units.items()}, options.rounds)
+        times = take_turns([_timed(unit) for unit, _ in units.values()], options.rounds)
+        seconds = dict(zip(units, times, strict=True))
         for name in units:
             middle, low, high = ratio(seconds[name], seconds["base"])
             own = sorted(seconds[name])[len(seconds[name]) // 2]
@@ -179,17 +175,16 @@ def _table(options: argparse.Namespace, config: BackboneConfig, count: int, rank
         _xlora(options, config, count, rank)
 
 
-def _turns(units: dict[str, Unit], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each unit by round, one after another, in turns from both ends."""
-    seconds: dict[str, list[float]] = {name: [] for name in units}
-    for unit in units.values():
+def _timed(unit: Unit) -> Callable[[], float]:
+    """The unit, once warm, with the seconds that it takes."""
+    jax.block_until_ready(unit())
+
+    def turn() -> float:
+        began = time.perf_counter()
         jax.block_until_ready(unit())
-    for number in range(rounds):
-        for name in list(units) if number % 2 == 0 else reversed(list(units)):
-            began = time.perf_counter()
-            jax.block_until_ready(units[name]())
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
+        return time.perf_counter() - began
+
+    return turn
 
 
 def _bound(config: BackboneConfig, part: str, tokens: int, feed_forward: float) -> float:
@@ -207,7 +202,7 @@ def _xlora(options: argparse.Namespace, config: BackboneConfig, count: int, rank
     """peft's X-LoRA over torch's base, both of the same geometry."""
     job = {"config": config.to_hf(), "experts": count, "rank": rank, "tokens": options.tokens, "dtype": options.dtype}
     children = [Child(__file__, "xlora", {**job, "routed": flag}) for flag in (False, True)]
-    seconds = take_turns(children, options.rounds)
+    seconds = take_turns([child.turn for child in children], options.rounds)
     for child in children:
         child.close()
     middle, low, high = ratio(seconds[1], seconds[0])

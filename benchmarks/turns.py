@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ class Child:
         )
         self.facts = self._read()  # once built and warmed up
 
-    def turn(self) -> dict[str, Any]:
-        """One unit of work: {"seconds": ..., ...}."""
+    def turn(self) -> float:
+        """One unit of work, in its own seconds."""
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
-        return self._read()
+        return self._read()["seconds"]
 
     def close(self) -> int:
         """End the child; its peak resident memory in bytes."""
@@ -68,13 +68,13 @@ def serve(facts: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
         print(json.dumps({"seconds": time.perf_counter() - started, **extra}), flush=True)
 
 
-def take_turns(children: list[Child], rounds: int) -> list[list[float]]:
-    """Seconds [child][round]; who begins changes from round to round."""
-    seconds: list[list[float]] = [[] for _ in children]
+def take_turns(turns: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """Seconds [side][round] of what does one unit and says how long it took; who begins changes by round."""
+    seconds: list[list[float]] = [[] for _ in turns]
     for number in range(rounds):
-        order = range(len(children)) if number % 2 == 0 else reversed(range(len(children)))
+        order = range(len(turns)) if number % 2 == 0 else reversed(range(len(turns)))
         for index in order:
-            seconds[index].append(children[index].turn()["seconds"])
+            seconds[index].append(turns[index]())
     return seconds
 
 

@@ -91,7 +91,7 @@ def forward(
         UserError: names do not match, or an expert was trained on another base; statistics are asked of an
             unrouted model, or objectives without statistics.
     """
-    labels = _labels(router, statistics, objectives)
+    labels = _labels(router, statistics, objectives, len(tokens))
     for name, vector in (experts or {}).items():
         check_base(f"expert {name!r}", vector.origin.get("base"), backbone.fingerprint)
     stacked, static = combine(backbone.config, experts, router, weights)
@@ -100,18 +100,19 @@ def forward(
     logits, pi = _forward(backbone.params, tokens, real, stacked, router, static, config=backbone.config)
     if not statistics:
         return logits, pi
-    if labels is not None and len(labels) != len(tokens):
-        raise UserError(f"objectives: {len(labels)} names for {len(tokens)} rows")
     return logits, pi, routing_statistics(pi, real, labels)
 
 
-def _labels(router: Router | None, statistics: bool, objectives: Sequence[str] | None) -> jax.Array | None:
+def _labels(router: Router | None, statistics: bool, objectives: Sequence[str] | None, rows: int) -> jax.Array | None:
+    """The index of each row's objective, or None."""
     if objectives is not None and not statistics:
         raise UserError("objectives: has no effect without statistics")
     if statistics and router is None:
         raise UserError("statistics: there is no router")
     if objectives is None or router is None:
         return None
+    if len(objectives) != rows:
+        raise UserError(f"objectives: {len(objectives)} names for {rows} rows")
     for name in objectives:
         if name not in router.names:
             raise UserError(f"objectives: {name!r} is not one of {', '.join(router.names)}")

@@ -65,3 +65,9 @@ def gate_loss(pi: jax.Array, mask: jax.Array, objective: jax.Array) -> jax.Array
     own = jnp.take_along_axis(row_routing(pi, mask), objective[:, None], axis=1)[:, 0]
     real = jnp.any(mask, axis=1).astype(jnp.float32)
     return -jnp.sum(jnp.log(own + TINY) * real) / jnp.maximum(jnp.sum(real), 1.0)
+
+
+def gate_hits(pi: jax.Array, mask: jax.Array, objective: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Per row [B]: whether its mean pi is highest at its own objective; whether it holds a token at all."""
+    real = jnp.any(mask, axis=1)
+    return (jnp.argmax(row_routing(pi, mask), axis=-1) == objective) & real, real

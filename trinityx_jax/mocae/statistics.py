@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from trinityx_jax.mocae.losses import TINY, divergence, mean_routing, row_routing
+from trinityx_jax.mocae.losses import TINY, divergence, gate_hits, mean_routing
 
 
 @flax.struct.dataclass
@@ -55,10 +55,10 @@ def routing_statistics(
     per_objective = {}
     if objective is not None:
         count = pi.shape[-1]
-        own = jax.nn.one_hot(objective, count) * jnp.any(mask, axis=1)[:, None]  # [B,O]
+        hit, some = gate_hits(pi, mask, objective)
+        own = jax.nn.one_hot(objective, count) * some[:, None]  # [B,O]
         tokens = jnp.maximum(jnp.einsum("bo,bs->o", own, mask.astype(jnp.float32)), 1.0)
         weight = own[:, None] * mask[..., None]  # [B,S,O]
-        hit = jnp.argmax(row_routing(pi, mask), axis=-1) == objective
         rows = jnp.sum(own, axis=0)
         per_objective = {
             "accuracy": jnp.where(rows > 0, (hit.astype(jnp.float32) @ own) / jnp.maximum(rows, 1.0), jnp.nan),

@@ -214,8 +214,7 @@ def router_loss(
     for name, weight in (("entropy", mocae.lambda_entropy), ("kl", mocae.lambda_kl), ("gate", mocae.lambda_gate)):
         if weight:
             total = total + weight * parts[f"loss_{name}"]
-    real = jnp.any(mask, axis=1)
-    hit = (jnp.argmax(losses.row_routing(pi, mask), axis=-1) == batch["objective"]) & real
+    hit, real = losses.gate_hits(pi, mask, batch["objective"])
     parts["gate_accuracy"] = jnp.sum(hit) / jnp.maximum(jnp.sum(real), 1)
     found = routing_statistics(pi, mask, previous=previous)
     return total, {**parts, **found.means(), "mean_routing": found.load}
