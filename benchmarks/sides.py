@@ -18,10 +18,10 @@ def ours(job: dict[str, Any], alone: bool = False) -> tuple[dict[str, Any], Work
     import jax.numpy as jnp
 
     from trinityx_jax.backbone.products import activations, packed
-    from trinityx_jax.config import TrainConfig
     from trinityx_jax.data.batching import make_batch
     from trinityx_jax.data.templates import Encoded
     from trinityx_jax.experts import init_expert, stack
+    from trinityx_jax.sections import TrainConfig
     from trinityx_jax.training.optimizer import make_optimizer
     from trinityx_jax.training.state import expert_state
     from trinityx_jax.training.step import expert_step, trained_experts

@@ -9,7 +9,7 @@ import yaml
 
 from trinityx_jax.config import SECTIONS, RunConfig, load_config, save_config
 from trinityx_jax.errors import UserError
-from trinityx_jax.mocae.router import MoCaEConfig
+from trinityx_jax.mocae.config import MoCaEConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

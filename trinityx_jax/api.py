@@ -15,8 +15,8 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, gamma
 from trinityx_jax.generation.decode import combine
 from trinityx_jax.mocae import Router, hidden_states, token_routing
+from trinityx_jax.mocae.config import preset as named_preset
 from trinityx_jax.mocae.router import init_router as new_router
-from trinityx_jax.mocae.router import preset as named_preset
 from trinityx_jax.mocae.statistics import RoutingStatistics, routing_statistics
 from trinityx_jax.runs import check_base, gamma_reference
 

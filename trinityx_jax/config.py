@@ -13,183 +13,27 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from trinityx_jax.data.formats import FORMATS, FieldMap, get_format
-from trinityx_jax.data.paper import paper_split
-from trinityx_jax.data.templates import TEMPLATES
+from trinityx_jax.data.formats import FieldMap
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import write_text
-from trinityx_jax.mocae.router import MoCaEConfig, preset
+from trinityx_jax.mocae.config import MoCaEConfig, preset
+from trinityx_jax.sections import (
+    MOST,
+    CheckpointConfig,
+    DataConfig,
+    EvaluateConfig,
+    ExpertsConfig,
+    RouterConfig,
+    Section,
+    SystemConfig,
+    TrainConfig,
+)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a folder's name on every system
 RESERVED = {"base", "MoCaE", "naive-merge", "uncalibrated"}  # systems that experts are compared with
-MOST = 2**31 - 16  # of counters and seeds, which JAX keeps in 32 bits
 
 
-class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _numbers_are_not_flags(cls, values: Any) -> Any:
-        """YAML's true and false stand for themselves, not for 1 and 0."""
-        for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
-            key = field.alias or name
-            if isinstance(values.get(key), bool) and field.annotation is not bool:
-                raise ValueError(f"{key}: true and false are no value of this key")
-        return values
-
-
-class ExpertsConfig(_Section):
-    """``from``: where stage 2 takes its experts from: a run, a folder of experts or of PEFT adapters, or such
-    a folder for each name; None is the run itself."""
-
-    source: str | dict[str, str] | None = Field(default=None, alias="from")
-    names: list[str] = ["helpful", "harmless", "honest"]
-    rank: int = Field(default=64, ge=1, le=2**16)
-    alpha: float = Field(default=32.0, gt=0)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    sites: list[Literal["gate", "up", "down", "q", "k", "v", "o"]] = Field(default=["gate", "up", "down"], min_length=1)
-
-    @pydantic.field_validator("sites")
-    @classmethod
-    def _once(cls, sites: list[str]) -> list[str]:
-        if len(set(sites)) < len(sites):
-            raise ValueError(f"{sites} holds a site twice")
-        return sites
-
-
-class DataConfig(_Section):
-    """One objective's rows: of a source, or the union of other objectives' (``mix``).
-
-    ``split``: of a hub or TFDS data set, by position (``train[:408]``), or the paper's by name (``paper-train``).
-    ``test_format``, ``test_fields``: where the test rows are of another schema.
-    ``calibration``, ``validation``: shares of the training questions held out, for the router and for early stopping.
-    ``resample``: training rows drawn with replacement to this many; the paper's 5,678 TruthfulQA rows follow from no
-    public code, this is the nearest to them.
-    """
-
-    source: str | None = None
-    format: Literal[FORMATS] | None = None  # type: ignore[valid-type]
-    fields: FieldMap | None = None
-    split: str = "train"
-    limit: int | None = Field(default=None, ge=1)
-    test: str | None = None
-    test_format: Literal[FORMATS] | None = None  # type: ignore[valid-type]
-    test_fields: FieldMap | None = None
-    test_split: str = "test"
-    test_limit: int | None = Field(default=None, ge=1)
-    template: Literal[TEMPLATES] = "auto"  # type: ignore[valid-type]
-    calibration: float = Field(default=0.15, gt=0, lt=1)
-    validation: float = Field(default=0.0, ge=0, lt=1)
-    resample: int | None = Field(default=None, ge=1, le=10**8)
-    on_bad_row: Literal["error", "skip"] = "error"
-    on_overlap: Literal["drop", "keep", "error"] = "drop"
-    mix: list[str] | None = None
-
-    @property
-    def skip_bad(self) -> bool:
-        return self.on_bad_row == "skip"
-
-    @property
-    def test_kind(self) -> str:
-        """The schema of the test rows."""
-        return self.test_format or self.format or ""
-
-    @property
-    def test_map(self) -> FieldMap | None:
-        """The field map of the test rows."""
-        return self.test_fields or (self.fields if self.test_kind == self.format else None)
-
-    @pydantic.model_validator(mode="after")
-    def _consistent(self) -> DataConfig:
-        if self.mix is not None:
-            return self._check_mix()
-        for key in ("source", "format"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}: this key is needed (or mix)")
-        try:
-            get_format(self.format or "", self.fields)
-            paper_split(self.format or "", self.split)
-            if self.test is not None:
-                get_format(self.test_kind, self.test_map)
-                paper_split(self.test_kind, self.test_split)
-        except UserError as error:
-            raise ValueError(str(error)) from error
-        if self.test is None:
-            without = ("test_format", "test_fields", "test_split", "test_limit", "on_overlap")
-            self._only_defaults(without, "without test")
-        if self.calibration + self.validation >= 1:
-            raise ValueError("calibration and validation together leave no question to train on")
-        return self
-
-    def _check_mix(self) -> DataConfig:
-        assert self.mix is not None
-        self._only_defaults([key for key in type(self).model_fields if key != "mix"], "beside mix")
-        if not self.mix or len(set(self.mix)) < len(self.mix):
-            raise ValueError(f"mix: {self.mix} must name objectives, each once")
-        return self
-
-    def _only_defaults(self, keys: Sequence[str], when: str) -> None:
-        for key in keys:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key}: this key has no effect {when}; remove it")
-
-
-class TrainConfig(_Section):
-    """``steps`` wins over ``epochs``; ``batch_size`` is rows per expert and step, over all hosts.
-
-    ``accumulate`` serves a step's rows in so many parts, with the same result and less memory. ``packing`` puts
-    several rows into one of ``seq_len`` tokens. ``evaluate_every`` measures the loss on ``data.NAME.validation``;
-    with ``patience``, an expert stops after so many measurements without a new lowest, and keeps its best.
-    ``experts`` names those to train anew. ``max_skipped``: steps in a row with a loss or gradient that is not
-    finite, each of which changes nothing, until the run stops.
-    """
-
-    steps: int | None = Field(default=None, ge=1, le=MOST)
-    epochs: float = Field(default=3.0, gt=0, le=1e6)
-    batch_size: int = Field(default=8, ge=1, le=2**20)
-    seq_len: int = Field(default=512, ge=2, le=2**24)
-    learning_rate: float = Field(default=5e-4, gt=0)
-    warmup: float = Field(default=0.05, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip: float = Field(default=1.0, gt=0)
-    accumulate: int = Field(default=1, ge=1)
-    packing: bool = False
-    evaluate_every: int | None = Field(default=None, ge=1)
-    patience: int | None = Field(default=None, ge=1)
-    max_skipped: int = Field(default=10, ge=1)
-    mode: Literal["joint", "single"] = "joint"
-    experts: list[str] | None = None
-    remat: Literal["none", "kept", "all"] = "kept"
-
-    @pydantic.model_validator(mode="after")
-    def _consistent(self) -> TrainConfig:
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate: {self.accumulate} parts do not divide batch_size {self.batch_size}")
-        if self.patience is not None and self.evaluate_every is None:
-            raise ValueError("patience: evaluate_every is needed, nothing is measured without it")
-        if self.experts is not None and (not self.experts or len(set(self.experts)) < len(self.experts)):
-            raise ValueError(f"experts: {self.experts} names no expert, or one twice")
-        return self
-
-
-class CheckpointConfig(_Section):
-    """A checkpoint every so many steps; the newest ``keep`` stay."""
-
-    every: int = Field(default=50, ge=1)
-    keep: int = Field(default=2, ge=1)
-
-
-class EvaluateConfig(_Section):
-    """Rows per batch, prompts answered side by side (per objective), answer length, bootstrap resamples."""
-
-    batch_size: int = Field(default=16, ge=1, le=2**20)
-    prompts: int = Field(default=1, ge=1)
-    max_new_tokens: int = Field(default=48, ge=1)
-    bootstrap: int = Field(default=1000, ge=100)
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything a stage needs, read in one place."""
 
     model: str = Field(min_length=1)
@@ -199,13 +43,19 @@ class RunConfig(_Section):
     experts: ExpertsConfig = ExpertsConfig()
     data: dict[str, DataConfig]
     train: TrainConfig = TrainConfig()
-    mocae: dict[str, Any] = {}
+    router: RouterConfig = RouterConfig()
+    mocae: dict[str, Any] = Field(default_factory=dict)
+    system: SystemConfig = SystemConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        self.mocae_config()
+        mocae = self.mocae_config()
+        if self.train.experts_learning_rate is not None and not mocae.train_experts:
+            raise ValueError("train.experts_learning_rate: has no effect without mocae.train_experts; remove it")
+        if self.experts.source == SCRATCH and not mocae.train_experts:
+            raise ValueError("experts.from: new experts add nothing to the base until they are trained (train_experts)")
         names = self.experts.names
         if not names:
             raise ValueError("experts.names: at least one expert is needed")
@@ -247,22 +97,44 @@ class RunConfig(_Section):
         return preset(changes.pop("preset", "recommended"), **changes)
 
 
-SECTIONS: dict[str, type[_Section]] = {
+SECTIONS: dict[str, type[Section]] = {
     "experts": ExpertsConfig,
     "data": DataConfig,  # one for each name
     "train": TrainConfig,
+    "router": RouterConfig,
+    "system": SystemConfig,
     "checkpoint": CheckpointConfig,
     "evaluate": EvaluateConfig,
 }
 
 # Keys that a stage does not use: setting one there is an error, and they are not saved with it.
 UNUSED: dict[str, dict[str, Any]] = {
-    "experts": {"experts": {"source"}, "mocae": True},
+    "experts": {
+        "experts": {"source"},
+        "train": {"experts_learning_rate", "anew"},
+        "router": True,
+        "mocae": True,
+        "system": True,
+    },
     "router": {
         "experts": {"rank", "alpha", "dropout", "sites"},
         "train": {"mode", "experts", "accumulate", "packing", "patience"},
+        "system": True,
     },
 }
+
+
+SCRATCH = "scratch"  # experts.from of a stage 2 that makes its experts itself
+
+
+def unused(config: RunConfig, stage: str) -> dict[str, Any]:
+    """Sections and keys that have no effect on a stage of this configuration, as pydantic excludes them."""
+    out = dict(UNUSED["router" if stage == "compare" else stage])
+    if stage == "compare":
+        del out["system"]
+    if stage != "experts" and config.experts.source == SCRATCH:
+        out["experts"] = {"dropout"}
+    return out
 
 
 class _Loader(yaml.SafeLoader):
@@ -282,16 +154,34 @@ _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), stage: str | None = None, variant: str | Path | None = None
+) -> RunConfig:
     """Read a YAML file and apply ``--key.sub value`` pairs.
 
     Args:
-        stage: ``experts`` or ``router``; a key that the stage does not use raises.
+        stage: ``experts``, ``router`` or ``compare`` (of routers and other systems); a key that the stage does not
+            use raises.
+        variant: a YAML file with what differs from the first one, key by key.
 
     Raises:
-        UserError: the file is missing or not YAML; a key is unknown, or a value out of range.
+        UserError: a file is missing or not YAML; a key is unknown, or a value out of range.
     """
-    path = Path(path)
+    values, where = _read(Path(path)), str(path)
+    if variant is not None:
+        values, where = _layered(values, _read(Path(variant))), f"{path} with {variant}"
+    config = parse_config(_override(values, overrides), where)
+    for section, keys in (unused(config, stage) if stage else {}).items():
+        part = getattr(config, section)
+        used = {section} & config.model_fields_set if keys is True else keys & part.model_fields_set
+        for key in sorted(used):
+            name = section if keys is True else f"{section}.{type(part).model_fields[key].alias or key}"
+            raise UserError(f"{where}: {name}: this key has no effect on stage {stage!r}; remove it")
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A YAML file's keys and values."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
@@ -303,14 +193,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), stage: str | No
         raise UserError(f"{path}: not YAML ({reason})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
-    config = parse_config(_override(values, overrides), str(path))
-    for section, keys in UNUSED.get(stage or "", {}).items():
-        part = getattr(config, section)
-        used = {section} & config.model_fields_set if keys is True else keys & part.model_fields_set
-        for key in sorted(used):
-            name = section if keys is True else f"{section}.{type(part).model_fields[key].alias or key}"
-            raise UserError(f"{path}: {name}: this key has no effect on stage {stage!r}; remove it")
-    return config
+    return values
+
+
+def _layered(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """The first mapping with the second's values in place of its own, section by section."""
+    out = dict(below)
+    for key, value in above.items():
+        old = out.get(key)
+        out[key] = _layered(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return out
 
 
 def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
@@ -326,7 +218,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
 
 def save_config(config: RunConfig, path: Path, stage: str) -> None:
     """Write what a stage uses of the configuration, defaults included, as YAML."""
-    values = config.model_dump(mode="json", by_alias=True, exclude=UNUSED[stage])
+    values = config.model_dump(mode="json", by_alias=True, exclude=unused(config, stage))
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
@@ -377,7 +269,7 @@ def _known(loc: Sequence[Any]) -> list[str]:
     """The keys of the section in which an unknown key stood."""
     if "fields" in str(loc[-2:-1]):  # data.NAME.fields and test_fields
         return [field.name for field in dataclasses.fields(FieldMap)]
-    model: type[_Section] = RunConfig if len(loc) == 1 else SECTIONS[str(loc[0])]
+    model: type[Section] = RunConfig if len(loc) == 1 else SECTIONS[str(loc[0])]
     return [field.alias or name for name, field in model.model_fields.items()]
 
 

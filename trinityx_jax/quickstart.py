@@ -24,7 +24,7 @@ from trinityx_jax.experts import TaskVector
 from trinityx_jax.exports import facts_of
 from trinityx_jax.files import write_json
 from trinityx_jax.mocae import Router
-from trinityx_jax.runs import RunFolder, load_experts, load_router
+from trinityx_jax.runs import RunFolder, load_experts, load_router, load_uncalibrated
 from trinityx_jax.training.expert_stage import pending, train_experts
 from trinityx_jax.training.router_stage import router_settings, train_router
 
@@ -108,7 +108,7 @@ class Quickstart:
             train_router(self.router_config, self.backbone, self.vectors)
 
     def evaluate(self) -> None:
-        before = self.run.info()["stages"]["router"]["temperature_before"]
+        before = load_uncalibrated(self.run, self.router)
         evaluate(self.router_config, self.backbone, self.vectors, self.router, self.run.path / "evaluation", before)
 
     def answer(self) -> None:

@@ -25,6 +25,7 @@ from trinityx_jax.files import atomic_dir, read_json, write_json
 from trinityx_jax.mocae import MoCaEConfig, Router
 
 FORMAT = 1
+UNCALIBRATED = "router-uncalibrated"  # the router as training left it
 _PACKAGES = ("trinityx_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
@@ -262,6 +263,12 @@ def expert_digests(path: str | Path | Mapping[str, str], names: Iterable[str]) -
     return {name: _weights_digest(Path(folders[name])) if name in folders else None for name in names}
 
 
+def router_digest(path: str | Path) -> str | None:
+    """A digest of a router's weights as ``load_router`` would find them; None where there is none."""
+    folder = Path(path) / "router" if (Path(path) / "run.json").exists() else Path(path)
+    return _weights_digest(folder)
+
+
 def _weights_digest(folder: Path) -> str | None:
     files = sorted(file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
     found = 0
@@ -302,7 +309,8 @@ def save_router(router: Router, out: Path, base: str) -> None:
     from safetensors.numpy import save_file
 
     arrays = {k: np.asarray(getattr(router, k)) for k in ("kernel", "bias", "gamma", "temperature")}
-    arrays |= {f"norm.{k}": np.asarray(x) for k, x in router.norm.items()}
+    for part in ("norm", "pool"):
+        arrays |= {f"{part}.{k}": np.asarray(x) for k, x in getattr(router, part).items()}
     info = {"format": FORMAT, "base": base, "names": list(router.names), "mocae": dataclasses.asdict(router.config)}
     with atomic_dir(out) as staging:
         save_file(arrays, staging / "router.safetensors")
@@ -325,15 +333,25 @@ def load_router(path: str | Path, fingerprint: str | None = None) -> Router:
         raise UserError(f"{path}: holds no router (no router.json)")
     info = _description(path / "router.json")
     check_base("router", info.get("base"), fingerprint)
-    arrays = _read_arrays(path / "router.safetensors")
-    norm = {k.removeprefix("norm."): arrays.pop(k) for k in list(arrays) if k.startswith("norm.")}
+    arrays: dict[str, Any] = dict(_read_arrays(path / "router.safetensors"))
+    parts: dict[str, Any] = {
+        part: {k.removeprefix(f"{part}."): arrays.pop(k) for k in list(arrays) if k.startswith(f"{part}.")}
+        for part in ("norm", "pool")
+    }
     if set(arrays) != {"kernel", "bias", "gamma", "temperature"}:
         raise UserError(f"{path / 'router.safetensors'}: holds {', '.join(sorted(arrays))}")
     try:
         mocae, names = MoCaEConfig(**info["mocae"]), tuple(info["names"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / 'router.json'}: not a router's description ({error})") from error
-    return Router(**arrays, norm=norm, config=mocae, names=names)
+    return Router(**arrays, **parts, config=mocae, names=names)
+
+
+def load_uncalibrated(run: RunFolder, router: Router | None) -> Router | None:
+    """A run's router as training left it; None where that is the router it has."""
+    if router is None or router.config.calibration == "none" or not (run.path / UNCALIBRATED).exists():
+        return None
+    return load_router(run.path / UNCALIBRATED, run.info()["base"]["fingerprint"])
 
 
 def _description(file: Path) -> dict[str, Any]:

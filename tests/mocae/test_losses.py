@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trinityx_jax.backbone.products import packed
 from trinityx_jax.mocae import losses
 
 B, S, L, E = 4, 6, 2, 3
@@ -132,3 +133,68 @@ def test_an_expert_that_top_k_closed_keeps_every_loss_finite() -> None:
         value, slope = jax.value_and_grad(FUNCTIONS[name])(pi)
         assert np.isfinite(value)
         assert np.all(np.isfinite(slope))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("temperature", [1.0, [[0.3, 0.7, 2.0], [1.5, 0.2, 0.9]]])
+def test_the_balance_loss_and_its_gradient_are_transformers_s(temperature: Any, top_k: int, masked: bool) -> None:
+    import torch
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    scaled = torch.tensor(Z / np.asarray(temperature), requires_grad=True)
+    gates = tuple(scaled[:, :, layer].reshape(-1, E) for layer in range(L))
+    mask = MASK if masked else np.ones((B, S), bool)
+    peer = load_balancing_loss_func(gates, E, top_k, torch.tensor(mask, dtype=torch.float64) if masked else None)
+    peer.backward()
+
+    def ours(z: jax.Array) -> jax.Array:
+        return losses.balance_loss(z, jnp.asarray(temperature, jnp.float32), jnp.asarray(mask), top_k)
+
+    value, slope = jax.value_and_grad(ours)(jnp.asarray(Z, jnp.float32))
+    np.testing.assert_allclose(value, peer.item(), rtol=1e-5)
+    expected = scaled.grad.numpy() / np.broadcast_to(temperature, Z.shape)
+    np.testing.assert_allclose(slope, expected, rtol=1e-4, atol=1e-6)
+    assert np.any(expected)
+
+
+def test_the_balance_loss_is_least_where_experts_are_used_alike() -> None:
+    whole = jnp.ones((1, E), bool)
+    alike = jnp.asarray(5 * np.eye(E)[None, :, None], jnp.float32)  # each token to an expert of its own
+    for top_k in (1, 2, None):
+        best = losses.balance_loss(alike, jnp.float32(1.0), whole, top_k)
+        np.testing.assert_allclose(best, top_k or E, rtol=1e-5)
+    one = jnp.broadcast_to(alike[:, :1], alike.shape)
+    assert losses.balance_loss(one, jnp.float32(1.0), whole, 1) > 2.9
+    np.testing.assert_allclose(losses.balance_loss(one, jnp.float32(1.0), whole, None), E, rtol=1e-5)
+
+
+def test_the_norm_loss_and_its_gradient_are_those_of_the_dense_weights() -> None:
+    draw, shapes = np.random.default_rng(1), {"gate": (5, 7), "up": (5, 7), "down": (7, 5)}
+    mlp = {site: {"kernel": draw.normal(size=(L, *shape))} for site, shape in shapes.items()}
+    experts = {
+        site: {
+            "a": draw.normal(size=(L, E, size_in, 2)),
+            "b": draw.normal(size=(L, E, 2, size_out)),
+            "scale": draw.uniform(0.2, 2.0, (L, E)),
+        }
+        for site, (size_in, size_out) in {"gate": (5, 7), "down": (7, 5), "q": (5, 5)}.items()
+    }
+    total, slopes = 0.0, {s: {k: np.zeros_like(x[k]) for k in ("a", "b")} for s, x in experts.items()}
+    for site, layer, e in [(s, i, e) for s in ("gate", "down") for i in range(L) for e in range(E)]:
+        a, b, scale = (experts[site][key][layer, e] for key in ("a", "b", "scale"))
+        whole = mlp[site]["kernel"][layer] + scale * a @ b
+        norm = np.sqrt((whole**2).sum())
+        total += norm / L
+        slopes[site]["a"][layer, e] = scale * whole @ b.T / norm / L
+        slopes[site]["b"][layer, e] = scale * a.T @ whole / norm / L
+    base, own = (jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree) for tree in (mlp, experts))
+    value, found = jax.value_and_grad(lambda x: losses.norm_loss(base, x))(own)
+    np.testing.assert_allclose(value, total, rtol=1e-6)
+    for site, leaves in slopes.items():  # none for the attention's
+        for key, expected in leaves.items():
+            np.testing.assert_allclose(found[site][key], expected, rtol=1e-4, atol=1e-5)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    np.testing.assert_array_equal(losses.norm_loss(packed(narrow), own), losses.norm_loss(wide, own))

@@ -16,10 +16,15 @@ import pytest
 import trinityx_jax as tx
 from trinityx_jax.backbone import Backbone, BackboneConfig
 from trinityx_jax.backbone.model import abstract_params
-from trinityx_jax.experts import FEED_FORWARD, TaskVector
+from trinityx_jax.backbone.products import bits, packed, unpacked
+from trinityx_jax.experts import ATTENTION, FEED_FORWARD, TaskVector, stack
+from trinityx_jax.experts.lora import site_shape
+from trinityx_jax.generation.decode import generate_ids
+from trinityx_jax.mocae import hidden_states
 from trinityx_jax.mocae import mixture as mixing
-from trinityx_jax.mocae.mixture import mixture, weight_mixture
-from trinityx_jax.mocae.router import preset
+from trinityx_jax.mocae.config import preset
+from trinityx_jax.mocae.mixture import full_experts, full_mixture, mixture, weight_mixture
+from trinityx_jax.mocae.model import prepared
 
 B, S, D, F, R = 2, 3, 8, 20, 3
 SHAPES = {"gate": (D, F), "up": (D, F), "down": (F, D)}
@@ -161,6 +166,47 @@ def test_shared_mixture_equals_the_naive_one_forward_and_backward(
     jax.tree.map(lambda x, y: near(x, y, 1e-5), gradients, naive_gradients(layer, wide(seen), anchored))
 
 
+@pytest.mark.parametrize(
+    ("count", "bias", "sites"),
+    [(1, False, FEED_FORWARD), (3, True, FEED_FORWARD), (3, True, ("gate", "up")), (3, False, ("down",))],
+)
+def test_whole_feed_forwards_equal_the_naive_mixture_forward_and_backward(
+    count: int, bias: bool, sites: tuple[str, ...]
+) -> None:
+    layer = make_layer(count, bias, sites)
+    factors = {s: {k: x[k] for k in ("a", "b")} for s, x in layer.experts.items()}
+    seen = normal(np.random.default_rng(9), (B, S, D))
+
+    @jax.jit
+    def run(own: Any, u: jax.Array, alpha: jax.Array) -> Any:
+        def call(own: Any, u: jax.Array, alpha: jax.Array) -> Any:
+            y = full_mixture(layer.mlp, {s: {**layer.experts[s], **own[s]} for s in own}, u, alpha, "silu")
+            return jnp.sum(y * seen), y
+
+        return jax.value_and_grad(call, argnums=(0, 1, 2), has_aux=True)(own, u, alpha)
+
+    (_, found), gradients = run(factors, layer.u, layer.alpha)
+    expected = naive(*(wide(x) for x in (layer.mlp, layer.experts, layer.u, layer.alpha)), False)
+    near(found, expected, 2e-6)
+    jax.tree.map(lambda x, y: near(x, y, 1e-5), gradients, naive_gradients(layer, wide(seen), False))
+    made = full_experts(layer.mlp, layer.experts)  # once, for a caller that runs the layer often
+    assert [sorted(kernels) for kernels in made] == [sorted(sites)] * count
+    near(full_mixture(layer.mlp, made, layer.u, layer.alpha, "silu"), expected, 2e-6)
+
+
+def test_whole_experts_of_a_narrow_base_are_rounded_once() -> None:
+    draw, layers = np.random.default_rng(2), 2
+    kernel = normal(draw, (layers, D, F)).astype(jnp.bfloat16)
+    sites = {"a": normal(draw, (layers, 3, D, R)), "b": normal(draw, (layers, 3, R, F)), "scale": jnp.ones((layers, 3))}
+    dense = wide(kernel.astype(jnp.float32))[:, None] + np.einsum("le,leir,lero->leio", *own(wide(sites)))
+    for base in (kernel, bits(kernel)):
+        made = full_experts({"gate": {"kernel": base}}, {"gate": sites})
+        assert {x["gate"].dtype for x in made} == {base.dtype}
+        found = np.stack([np.asarray(unpacked(x["gate"]), np.float64) for x in made], axis=1)
+        # half a unit in the last of bfloat16's 8 bits, and what float32 sums may move a tie
+        assert np.all(np.abs(found - dense) <= 2.0**-9 * 2.0 ** np.ceil(np.log2(np.abs(dense))) * (1 + 1e-4))
+
+
 def dots(jaxpr: Any) -> Iterator[tuple[int, ...]]:
     """The right-hand shape of every matmul in a jaxpr, inner ones too."""
     for equation in jaxpr.eqns:
@@ -278,7 +324,9 @@ def router_inputs(count: int, temperature: Any = 0.7) -> dict[str, Any]:
         ("recommended", {}, 0.7),
         ("recommended", {"weight": "anchored"}, 0.7),
         ("recommended", {"mixing": "weights"}, 0.7),
+        ("recommended", {"mixing": "full"}, 0.7),
         ("literal", {"mixing": "weights", "output": "gated"}, 1.3),
+        ("literal", {"mixing": "full", "top_k": 2}, [0.3, 0.7, 1.5]),
         ("recommended", {"top_k": 2}, 0.7),
         ("recommended", {}, [0.3, 0.7, 1.5]),
     ],
@@ -292,6 +340,62 @@ def test_the_layer_equals_its_equations(name: str, changes: dict[str, Any], temp
     near(found, expected, 3e-6)
     near(aux["pi"], pi, 1e-6)
     near(aux["z"], wide(layer.u) @ wide(inputs["kernel"]) + wide(inputs["bias"]), 1e-6)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def top_2_of_whole_experts(mlp: Any, experts: Any, x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """MixLoRA (Li et al., 2024) and H3Fusion of one token: softmax, top-2, renormalised, a feed-forward each."""
+    weight = np.exp(z) / np.exp(z).sum()
+    first, second = np.argsort(weight)[:-3:-1]
+    y = np.zeros(D)
+    for i in (first, second):
+        gate, up, down = (
+            mlp[s]["kernel"] + experts[s]["scale"][i] * experts[s]["a"][i] @ experts[s]["b"][i] for s in FEED_FORWARD
+        )
+        y += weight[i] / (weight[first] + weight[second]) * ((silu(x @ gate) * (x @ up)) @ down)
+    return y
+
+
+def scaled_adapters(mlp: Any, experts: Any, x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """X-LoRA (Buehler and Buehler, 2024) of one token: each projection W x + sum_i softmax_i s_i B_i A_i x."""
+    weight = np.exp(z) / np.exp(z).sum()
+
+    def project(site: str, x: np.ndarray) -> np.ndarray:
+        own = experts[site]
+        y = x @ mlp[site]["kernel"]
+        for i in range(3):
+            y = y + weight[i] * own["scale"][i] * ((x @ own["a"][i]) @ own["b"][i])
+        return y
+
+    return project("down", silu(project("gate", x)) * project("up", x))
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "bias"),
+    [
+        ("mixlora", top_2_of_whole_experts, False),
+        ("h3fusion", top_2_of_whole_experts, False),
+        ("xlora", scaled_adapters, True),
+    ],
+)
+def test_a_preset_named_for_a_method_is_its_published_forward(
+    backbone: Backbone, name: str, published: Callable[..., np.ndarray], bias: bool
+) -> None:
+    layer = make_layer(3)
+    router = tx.init_router(backbone, EXPERTS, preset=name)  # what the preset says of gamma and temperature
+    inputs = router_inputs(3, router.temperature) | {"gamma": router.gamma}
+    if not bias:
+        inputs["bias"] = jnp.zeros(3)
+    leaves = {"experts": layer.experts, "router": inputs}
+    found, _ = mixing.routed_feed_forward(CONFIG, router.config)(layer.mlp, layer.h, layer.u, leaves)
+    mlp, experts, u, r = (wide(x) for x in (layer.mlp, layer.experts, layer.u, inputs))
+    expected = np.zeros((B, S, D))
+    for place in np.ndindex(B, S):
+        expected[place] = published(mlp, experts, u[place], u[place] @ r["kernel"] + r["bias"])
+    near(found, wide(layer.h) + expected, 3e-6)
 
 
 def test_top_1_goes_to_the_likeliest_expert_alone() -> None:
@@ -396,3 +500,53 @@ def test_a_single_routed_expert_is_that_expert(backbone: Backbone) -> None:
     found, pi = tx.forward(backbone, TOKENS, experts=one, router=router)
     near(found, tx.forward(backbone, TOKENS, experts=one, weights={"helpful": 1.0})[0], 1e-5)
     np.testing.assert_array_equal(pi, np.ones((2, 7, CONFIG.num_layers, 1), np.float32))
+
+
+def test_the_model_of_whole_experts_is_the_shared_one(backbone: Backbone, quick_compilation: None) -> None:
+    """With experts of unequal sites, and deltas on the attention; from factors, prepared, and in generation."""
+    draw = np.random.default_rng(6)
+    sites = {site: site_shape(CONFIG, site) for site in ATTENTION}
+    deltas = {
+        site: {
+            "a": normal(draw, (2, size_in, 2), size_in**-0.5),
+            "b": normal(draw, (2, 2, size_out), 0.5),
+            "scale": jnp.ones((2,)),
+        }
+        for site, (size_in, size_out) in sites.items()
+    }
+    helpful, harmless, honest = (vector.sites for vector in EXPERTS.values())
+    vectors = {
+        "helpful": TaskVector(helpful | {"q": deltas["q"], "o": deltas["o"]}),
+        "harmless": TaskVector({"gate": harmless["gate"], "v": deltas["v"]}),
+        "honest": TaskVector({site: honest[site] for site in ("gate", "up")}),
+    }
+    own, mask = stack(list(vectors.values())), jnp.ones(TOKENS.shape, bool)
+
+    def routed(mixing: str) -> tx.Router:
+        router = tx.init_router(backbone, vectors, mixing=mixing, attention_deltas="route", top_k=2)
+        return dataclasses.replace(router, kernel=50 * router.kernel)
+
+    def run(experts: Any, router: tx.Router, params: Any = backbone.params) -> tuple[jax.Array, jax.Array]:
+        hidden, aux, _ = hidden_states(params, CONFIG, jnp.asarray(TOKENS), mask, experts=experts, router=router)
+        assert aux is not None
+        return hidden, aux["pi"]
+
+    shared, pi = run(own, routed("outputs"))
+    made = prepared(backbone.params, own, routed("full"))
+    for experts in (own, made):
+        found, routing = run(experts, routed("full"))
+        near(found, shared, 1e-5)
+        near(routing, pi, 1e-5)
+    assert prepared(backbone.params, own, routed("outputs")) is own
+    assert prepared(backbone.params, own, None) is own
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), backbone.params)
+    expected, _ = run(own, routed("full"), narrow)
+    bits_of = packed(narrow)
+    found, _ = run(prepared(bits_of, own, routed("full")), routed("full"), bits_of)
+    np.testing.assert_array_equal(found, expected)
+    prompts = [[3, 5, 7, 11], [2, 9]]
+    answers = [
+        generate_ids(backbone, prompts, experts=vectors, router=routed(mixing), max_new_tokens=6)
+        for mixing in ("outputs", "full")
+    ]
+    assert answers[0] == answers[1]

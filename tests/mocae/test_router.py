@@ -17,8 +17,9 @@ from trinityx_jax.backbone.model import abstract_params
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import FEED_FORWARD, TaskVector, stack
 from trinityx_jax.mocae import MoCaEConfig, Router, hidden_states, init_router, losses, preset
-from trinityx_jax.mocae.router import CHOICES, PRESETS, logits, mixture_weights, per_layer, probabilities
-from trinityx_jax.training.step import router_loss, trained_router
+from trinityx_jax.mocae.config import CHOICES, FLAGS, PRESETS
+from trinityx_jax.mocae.router import extended, logits, mixture_weights, per_layer, probabilities
+from trinityx_jax.training.step import after_stage_2, router_loss, trained_router
 
 CONFIG = BackboneConfig(
     vocab_size=20, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=8,
@@ -91,15 +92,29 @@ def test_presets_are_the_ones_of_the_method() -> None:
         "output": "prenorm", "dropout": 0.0, "gamma_similarity": "cosine", "entropy": "batch_diversity",
         "kl": "step", "lambda_entropy": 0.1, "lambda_kl": 0.01, "lambda_gate": 0.1, "train_gamma": False,
         "train_norm": False, "attention_deltas": None, "gamma_reference": None, "gamma_floor": None,
-        "gamma_dynamic": False,
+        "gamma_dynamic": False, "routing": "learned", "router_bias": True, "lambda_balance": 0.0, "lambda_norm": 0.0,
+        "train_experts": False, "calibration": "temperature",
     }  # fmt: skip
     literal = {
         "router_scope": "shared", "weight": "product", "output": "layernorm", "gamma_similarity": "inner",
-        "entropy": "token_literal", "lambda_gate": 0.0, "train_norm": True,
+        "entropy": "token_literal", "lambda_gate": 0.0, "train_norm": True, "calibration": "none",
     }  # fmt: skip
-    assert set(PRESETS) == {"recommended", "literal"}
-    assert dataclasses.asdict(preset("recommended")) == recommended
-    assert dataclasses.asdict(preset("literal")) == {**recommended, **literal}
+    plain = {
+        "temperature": 1.0, "gamma_similarity": "uniform", "lambda_entropy": 0.0, "lambda_kl": 0.0, "lambda_gate": 0.0,
+        "calibration": "none",
+    }  # fmt: skip
+    top_2 = plain | {"top_k": 2, "router_bias": False, "train_experts": True}
+    expected = {
+        "recommended": {},
+        "literal": literal,
+        "uniform": plain | {"routing": "uniform"},
+        "h3fusion": top_2 | {"mixing": "full", "lambda_gate": 0.01, "lambda_norm": 1e-3},
+        "mixlora": top_2 | {"lambda_balance": 0.01},
+        "xlora": plain | {"mixing": "weights"},
+    }
+    assert {name: dataclasses.asdict(preset(name)) for name in PRESETS} == {
+        name: recommended | changes for name, changes in expected.items()
+    }
     assert preset("literal", lambda_gate=0.2).lambda_gate == 0.2
 
 
@@ -108,13 +123,24 @@ def test_presets_are_the_ones_of_the_method() -> None:
     [
         *(({name: "nonsense"}, name) for name in CHOICES),
         *(({name: bad}, name) for name in ("temperature", "dropout", "lambda_kl") for bad in ("1e-1", None, True)),
-        *(({name: bad}, name) for name in ("lambda_entropy", "lambda_gate") for bad in (-0.1, float("nan"))),
+        *(
+            ({name: bad}, name)
+            for name in ("lambda_entropy", "lambda_gate", "lambda_balance", "lambda_norm")
+            for bad in (-0.1, float("nan"))
+        ),
         *(({"temperature": bad}, "temperature") for bad in (0, -1.0, float("nan"), float("inf"))),
         *(({"dropout": bad}, "dropout") for bad in (1.0, -0.1)),
         *(({"top_k": bad}, "top_k") for bad in (0, -1, 1.5, "2", True)),
-        *(({name: bad}, name) for name in ("train_gamma", "train_norm") for bad in ("yes", 1, None)),
+        *(({name: bad}, name) for name in FLAGS for bad in ("yes", 1, None)),
         ({"train_norm": True}, "train_norm"),
-        ({"mixing": "weights", "weight": "anchored"}, "mixing"),
+        ({"output": "gated"}, "output: 'gated' needs train_norm"),
+        *(({"mixing": how, "weight": "anchored"}, f"mixing: '{how}'") for how in ("weights", "full")),
+        ({"train_gamma": True, "gamma_dynamic": True}, "gamma_dynamic"),
+        ({"lambda_norm": 0.1}, "lambda_norm: has no effect on frozen experts"),
+        *(
+            ({"routing": "uniform", "output": "layernorm", name: True}, f"{name}: nothing is trained")
+            for name in ("train_experts", "train_gamma", "train_norm", "gamma_dynamic")
+        ),
         ({"temprature": 1.0}, r"temprature.*nearest: temperature"),
     ],
 )
@@ -171,7 +197,7 @@ def new_router(backbone: Backbone, **changes: Any) -> Router:
 def outcome(backbone: Backbone, **changes: Any) -> dict[str, np.ndarray]:
     """What decides a stage 2 step: the loss and its parts, the next pi_prev, and the trained leaves."""
     router = new_router(backbone, **changes)
-    trained = trained_router(router)
+    trained = trained_router(router, EXPERTS)
     previous = f32([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
     with jax.disable_jit():  # op by op: nothing is compiled anew for another configuration
         loss, parts = router_loss(
@@ -182,7 +208,9 @@ def outcome(backbone: Backbone, **changes: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(out)}
 
 
-ALIKE = ("gated",)  # it starts as prenorm, its gate at 0
+# gated starts as prenorm, its gate at 0; full is outputs computed otherwise (test_mixture.py)
+ALIKE = ("gated", "full")
+ELSEWHERE = ("attention_deltas", "calibration")  # test_attention.py; tests/training/test_calibration.py
 CHANGES: list[tuple[str, Any, dict[str, Any]]] = [
     ("temperature", 0.8, {}),
     ("top_k", 2, {}),
@@ -190,13 +218,17 @@ CHANGES: list[tuple[str, Any, dict[str, Any]]] = [
     ("lambda_entropy", 0.2, {}),
     ("lambda_kl", 0.5, {}),
     ("lambda_gate", 0.0, {}),
+    ("lambda_balance", 0.1, {}),
+    ("lambda_norm", 0.1, {"train_experts": True}),
+    ("train_experts", True, {}),
+    ("router_bias", False, {}),
     ("train_gamma", True, {}),
     ("train_norm", True, {"output": "layernorm"}),
     *(
         (name, value, {})
         for name, allowed in CHOICES.items()
         for value in allowed[1:]
-        if value not in ALIKE and name != "attention_deltas"  # test_attention.py
+        if value not in ALIKE and name not in ELSEWHERE
     ),
 ]
 
@@ -222,9 +254,47 @@ def test_every_field_changes_a_training_step(
 
 
 def test_no_field_is_left_out() -> None:
-    tested = {field for field, _, _ in CHANGES} | {"attention_deltas"}
+    tested = {field for field, _, _ in CHANGES} | set(ELSEWHERE)
     tested |= {"gamma_reference", "gamma_floor", "gamma_dynamic"}  # tests/training/test_router_stage.py
     assert tested == {f.name for f in dataclasses.fields(MoCaEConfig)}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("recommended", {"kernel", "bias"}),
+        ("literal", {"kernel", "bias", "norm"}),
+        ("h3fusion", {"kernel", "experts"}),
+        ("mixlora", {"kernel", "experts"}),
+        ("xlora", {"kernel", "bias"}),
+    ],
+)
+def test_stage_2_learns_the_leaves_of_its_preset(backbone: Backbone, name: str, own: set[str]) -> None:
+    router = new_router(backbone, preset=name, top_k=None)  # with all selected, all learn from the few tokens
+    trained = trained_router(router, EXPERTS)
+    assert set(trained) == own
+    if name == "mixlora":  # full's slopes: test_mixture.py
+        slope_of = jax.jit(jax.grad(lambda *args: router_loss(*args, jnp.full((2, 3), 1 / 3), CONFIG, BATCH)[0]))
+        slopes = slope_of(trained, backbone.params, EXPERTS, router)
+        assert np.any(slopes["kernel"] != 0)
+        for slope in jax.tree.leaves(slopes["experts"]):
+            assert np.all(np.any(np.asarray(slope) != 0, axis=(2, 3)))  # in every layer, of every expert
+    moved, experts = after_stage_2(jax.tree.map(lambda x: x + 1, trained), router, EXPERTS)
+    for field in ("kernel", "bias", "gamma", "temperature"):
+        np.testing.assert_array_equal(getattr(moved, field), getattr(router, field) + (field in own))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y + ("norm" in own)), moved.norm, router.norm)
+    for site, leaves in EXPERTS.items():
+        for key, value in leaves.items():
+            np.testing.assert_array_equal(experts[site][key], value + ("experts" in own and key != "scale"))
+
+
+def test_uniform_routing_is_exactly_uniform(backbone: Backbone) -> None:
+    router = tx.init_router(backbone, VECTORS, preset="uniform", seed=3)
+    with jax.disable_jit():
+        _, aux, _ = hidden_states(
+            backbone.params, CONFIG, BATCH["tokens"], BATCH["mask"], experts=EXPERTS, router=router
+        )
+    np.testing.assert_array_equal(aux["pi"], np.full((2, 3, 6, 3), np.float32(1 / 3)))
 
 
 def test_a_shared_router_is_one_slice_that_every_layer_uses(backbone: Backbone) -> None:
@@ -250,15 +320,16 @@ def test_a_shared_router_is_one_slice_that_every_layer_uses(backbone: Backbone) 
     assert not np.allclose(hidden, run(layered)[0], rtol=1e-3)
 
 
-def test_temperatures_per_expert_reach_every_layer(backbone: Backbone) -> None:
-    router = dataclasses.replace(new_router(backbone), temperature=f32([0.3, 0.7, 2.0]))
-    leaves = per_layer(router, 2)
-    np.testing.assert_array_equal(leaves["temperature"], f32([[0.3, 0.7, 2.0]] * 2))
+@pytest.mark.parametrize("temperature", [[0.3, 0.7, 2.0], [[0.3, 0.7, 2.0], [1.5, 0.2, 0.9]]])
+def test_temperatures_per_expert_and_layer_reach_their_place(backbone: Backbone, temperature: Any) -> None:
+    router = dataclasses.replace(new_router(backbone), temperature=f32(temperature))
+    np.testing.assert_array_equal(per_layer(router, 2)["temperature"], np.broadcast_to(f32(temperature), (2, 3)))
     with jax.disable_jit():
         _, aux, _ = hidden_states(
             backbone.params, CONFIG, BATCH["tokens"], BATCH["mask"], experts=EXPERTS, router=router
         )
-    np.testing.assert_allclose(aux["pi"], softmax(np.asarray(aux["z"], np.float64) / [0.3, 0.7, 2.0]), atol=1e-6)
+    scale = np.broadcast_to(temperature, (2, 3))[:, None, None]
+    np.testing.assert_allclose(aux["pi"], softmax(np.asarray(aux["z"], np.float64) / scale), atol=1e-6)
 
 
 def test_a_fresh_router_is_near_uniform_and_follows_its_seed(backbone: Backbone) -> None:
@@ -275,3 +346,86 @@ def test_a_fresh_router_is_near_uniform_and_follows_its_seed(backbone: Backbone)
     assert not np.array_equal(router.kernel, tx.init_router(backbone, VECTORS, seed=1).kernel)
     uniform = tx.init_router(backbone, VECTORS, gamma_similarity="uniform")
     np.testing.assert_allclose(uniform.gamma, 1 / 3, rtol=1e-6)
+
+
+# ---- a router that begins as another one ----------------------------------------------------------
+
+
+def drawn_router(names: tuple[str, ...], temperature: Any, seed: int = 0, **changes: Any) -> Router:
+    """A router as training and calibration may leave it: no leaf is at its start."""
+    draw = np.random.default_rng(seed)
+    mocae = preset("recommended", output="gated", train_norm=True, **changes)
+    fresh = init_router(CONFIG, names, f32(draw.dirichlet(np.ones(len(names)))), mocae, seed)
+    depth = len(fresh.kernel)
+    norm = {key: f32(draw.normal(size=x.shape)) for key, x in fresh.norm.items()}
+    kernel, bias = f32(draw.normal(size=(depth, 8, len(names)))), f32(draw.normal(size=(depth, len(names))))
+    return dataclasses.replace(fresh, kernel=kernel, bias=bias, temperature=f32(temperature), norm=norm)
+
+
+def every_pi(router: Router, u: np.ndarray) -> np.ndarray:
+    """What every layer makes of inputs [N,D], in float64: [L,N,E]."""
+    leaf = {key: np.asarray(x, np.float64) for key, x in per_layer(router, 2).items() if key != "norm"}
+    z = np.einsum("nd,lde->lne", u, leaf["kernel"]) + leaf["bias"][:, None]
+    return softmax(
+        z / (leaf["temperature"][:, None] if leaf["temperature"].ndim == 2 else leaf["temperature"][:, None, None])
+    )
+
+
+LEARNED = [
+    (0.7, {}),
+    ([0.3, 0.7, 2.0], {}),
+    ([[0.3, 0.7, 2.0], [1.5, 0.2, 0.9]], {}),
+    (1.3, {"router_scope": "shared"}),
+    ([0.3, 0.7, 2.0], {"router_scope": "shared"}),
+]
+
+
+@pytest.mark.parametrize(("temperature", "changes"), LEARNED)
+def test_a_warm_start_routes_as_before_whatever_the_order_and_temperature(
+    temperature: Any, changes: dict[str, Any]
+) -> None:
+    old, u = drawn_router(NAMES, temperature, **changes), DRAW.normal(size=(50, 8))
+    order = [2, 0, 1]
+    mocae = preset("recommended", output="gated", train_norm=True, temperature=2.5, top_k=2, **changes)
+    fresh = init_router(CONFIG, [NAMES[i] for i in order], f32([0.5, 0.3, 0.2]), mocae, seed=4)
+    new = extended(fresh, old)
+    np.testing.assert_allclose(every_pi(new, u), every_pi(old, u)[..., order], rtol=2e-5, atol=1e-7)
+    assert (new.config, new.names, float(new.temperature)) == (mocae, fresh.names, 2.5)
+    np.testing.assert_array_equal(new.gamma, fresh.gamma)
+    jax.tree.map(np.testing.assert_array_equal, new.norm, old.norm)
+
+
+@pytest.mark.parametrize(("temperature", "changes"), LEARNED)
+def test_a_new_expert_takes_from_all_alike(temperature: Any, changes: dict[str, Any]) -> None:
+    old, u = drawn_router(NAMES, temperature, **changes), DRAW.normal(size=(50, 8))
+    mocae = preset("recommended", output="gated", train_norm=True, **changes)
+    names = ("helpful", "kind", "harmless", "honest")
+    new = extended(init_router(CONFIG, names, f32([0.25] * 4), mocae), old)
+    pi, before = every_pi(new, u), every_pi(old, u)
+    known = pi[..., [0, 2, 3]]
+    np.testing.assert_allclose(known / known.sum(axis=-1, keepdims=True), before, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(pi[..., 1], np.exp(np.log(known).mean(axis=-1)), rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "temperature", "says"),
+    [
+        (("helpful", "honest"), {}, 0.7, "router.from: it routes to 'harmless', which is not one of helpful, honest"),
+        (NAMES, {"router_scope": "shared"}, 0.7, "mocae.router_scope or mocae.output differ"),
+        (NAMES, {"output": "layernorm"}, 0.7, "mocae.router_scope or mocae.output differ"),
+    ],
+)
+def test_a_warm_start_of_another_shape_is_refused(
+    names: tuple[str, ...], changes: dict[str, Any], temperature: Any, says: str
+) -> None:
+    mocae = preset("recommended", **{"output": "gated", "train_norm": True, **changes})
+    with pytest.raises(UserError, match=says):
+        extended(
+            init_router(CONFIG, names, f32([1 / len(names)] * len(names)), mocae), drawn_router(NAMES, temperature)
+        )
+
+
+def test_a_shared_router_calibrated_by_layer_has_no_one_logit_to_begin_with() -> None:
+    old = drawn_router(NAMES, [[0.3, 0.7, 2.0], [1.5, 0.2, 0.9]], router_scope="shared")
+    with pytest.raises(UserError, match="give it before calibration"):
+        extended(init_router(CONFIG, NAMES, f32([1 / 3] * 3), old.config), old)

@@ -16,11 +16,11 @@ import pytest
 
 from trinityx_jax.backbone import BackboneConfig, unembed
 from trinityx_jax.backbone.model import abstract_params
-from trinityx_jax.config import TrainConfig
 from trinityx_jax.data.batching import Batch, TrainingBatches, make_batch
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.experts import FEED_FORWARD, init_expert, stack, unstack
 from trinityx_jax.mocae import Router, hidden_states, init_router, preset, token_routing
+from trinityx_jax.sections import TrainConfig
 from trinityx_jax.training import loss as loss_module
 from trinityx_jax.training.loss import sum_by_group, supervised_nll
 from trinityx_jax.training.optimizer import expert_norms, learning_rate, make_optimizer

@@ -30,6 +30,50 @@ def own_options(words: Sequence[str], own: dict[str, str | None]) -> tuple[list[
     return rest, found
 
 
+def split_repeated(words: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
+    """The values of an option that may stand several times and take several, and the other words."""
+    found: list[str] = []
+    others: list[str] = []
+    taking = False
+    for word in words:
+        taking = word == flag or (taking and not word.startswith("--"))
+        if word != flag:
+            (found if taking else others).append(word)
+    return found, others
+
+
+def parse_grid(words: Sequence[str], flag: str = "--over") -> dict[str, list[str]]:
+    """``mocae.temperature=0.3,0.7``: values by key, in order.
+
+    Raises:
+        UserError: there is none, a part is not KEY=VALUE,..., or a key or value stands twice.
+    """
+    out: dict[str, list[str]] = {}
+    for word in words:
+        key, _, values = word.partition("=")
+        own = [value.strip() for value in values.split(",")]
+        if not key or not all(own):
+            raise UserError(f"{flag}: {word!r} is not KEY=VALUE,VALUE,...")
+        if key in out or len(set(own)) < len(own):
+            raise UserError(f"{flag}: {word!r} names a key or a value twice")
+        out[key] = own
+    if not out:
+        raise UserError(f"{flag}: name a key and its values, such as mocae.temperature=0.3,0.7")
+    return out
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``0,1,2``.
+
+    Raises:
+        UserError: a part is no whole number, or stands twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise UserError(f"--seeds: {text!r} is no list of different whole numbers, such as 0,1,2")
+    return [int(part) for part in parts]
+
+
 def parse_weights(text: str, flag: str = "--weights") -> dict[str, float]:
     """``helpful=0.6,honest=0.4``.
 

@@ -28,7 +28,7 @@ def collect(run: RunFolder) -> dict[str, Any]:
     if "router" in stages:
         facts = stages["router"]
         out["gamma"] = facts["gamma"]
-        out["temperature"] = {"before": facts["temperature_before"], "after": facts["temperature"]}
+        out["temperature"] = {"trained": facts["temperature_trained"], "calibrated": facts["temperature"]}
         tests = {m: e["n"] for m, e in out.get("perplexity", {}).get("base", {}).items()}
         out["rows"] = {
             m: {"train": a, "calibration": b, "test": tests.get(m, 0)} for m, (a, b) in facts["rows"].items()

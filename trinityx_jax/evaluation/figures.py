@@ -263,6 +263,12 @@ def _interval(estimate: Mapping[str, Any]) -> tuple[float, float]:
     return finite(low), finite(high)
 
 
+def standalone(svg: str) -> str:
+    """A figure as a file of its own."""
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg.replace("<svg ", f"<svg {spaces} ", 1)
+
+
 def _svg(figure: Figure, name: str, label: str) -> str:
     """The figure as an ``<svg>`` element to stand in a page beside others.
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trinityx_jax.backbone import Backbone
-from trinityx_jax.config import DataConfig, RunConfig
+from trinityx_jax.config import RunConfig
 from trinityx_jax.data import templates
 from trinityx_jax.data.formats import Pair, get_format
 from trinityx_jax.data.objectives import load_pairs
@@ -22,10 +21,11 @@ from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import metrics
 from trinityx_jax.evaluation.scoring import Scorer, Scores
-from trinityx_jax.experts import TaskVector, stack
+from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import write_json
 from trinityx_jax.mocae import Router
 from trinityx_jax.progress import progress
+from trinityx_jax.sections import DataConfig
 
 MOCAE, MERGE, BASE = "MoCaE", "naive merge", "base"
 
@@ -104,7 +104,7 @@ def evaluate(
     vectors: Mapping[str, TaskVector],
     router: Router | None,
     out: Path,
-    uncalibrated: float | None = None,
+    uncalibrated: Router | None = None,
 ) -> dict[str, Any]:
     """Score every system on every objective, with n and 95 % intervals, and write ``results.json``.
 
@@ -112,7 +112,7 @@ def evaluate(
 
     Args:
         router: None evaluates base, experts and the merge only.
-        uncalibrated: the router's temperature before calibration, to be measured as well.
+        uncalibrated: the router before calibration, to be measured as well.
 
     Returns:
         the results (see ``report.write_report`` for their layout).
@@ -121,7 +121,7 @@ def evaluate(
     names = list(vectors)
     held = load_held_out(config, names, backbone)
     rows = [*held.chosen, *held.rejected]
-    scorer = Scorer(backbone, stack(list(vectors.values())), config.dtype, config.evaluate.batch_size)
+    scorer = Scorer(backbone, vectors, config.dtype, config.evaluate.batch_size)
     compared = {s: w for s, w in systems(names).items() if w is not None or router is not None}
     key = _key(config, backbone, vectors, router, rows, uncalibrated)
     scores: dict[str, Scores] = {}
@@ -137,10 +137,9 @@ def evaluate(
             )  # fmt: skip
         before = None
         if router is not None and uncalibrated is not None:
-            plain = dataclasses.replace(router, temperature=jnp.asarray(uncalibrated, jnp.float32))
             before = _stored(
                 out / "scores" / "uncalibrated.npz", key, bar, extra,
-                lambda: scorer.score(held.chosen, router=plain, on_batch=lambda: bar.advance("uncalibrated")),
+                lambda: scorer.score(held.chosen, router=uncalibrated, on_batch=lambda: bar.advance("uncalibrated")),
             )  # fmt: skip
     results = _tables(config, names, held, scores)
     if router is not None:
@@ -256,13 +255,13 @@ def _key(
     vectors: Mapping[str, TaskVector],
     router: Router | None,
     rows: Sequence[Encoded],
-    uncalibrated: float | None,
+    uncalibrated: Router | None,
 ) -> str:
     """A digest of everything scores depend on, so that stored ones are never used for another model."""
     switches = None if router is None else dataclasses.asdict(router.config)
-    facts = [backbone.fingerprint, config.dtype, list(vectors), uncalibrated, switches]
+    facts = [backbone.fingerprint, config.dtype, list(vectors), switches]
     digest = zlib.crc32(json.dumps(facts).encode())
-    for leaf in jax.tree.leaves([[v.sites for v in vectors.values()], router]):
+    for leaf in jax.tree.leaves([[v.sites for v in vectors.values()], router, uncalibrated]):
         digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
     for row in rows:
         digest = zlib.crc32(row.ids.tobytes() + bytes(str(row.prompt_length), "ascii"), digest)

@@ -121,7 +121,7 @@ def nll(probabilities: np.ndarray, labels: np.ndarray, **options: Any) -> Estima
     return bootstrap(_mean, -np.log(probabilities[np.arange(len(labels)), labels] + 1e-20), **options)
 
 
-def _calibration_gap(confidence: np.ndarray, hit: np.ndarray, bins: int) -> np.ndarray:
+def calibration_gap(confidence: np.ndarray, hit: np.ndarray, bins: int) -> np.ndarray:
     """ECE of each resample [r,n] -> [r]."""
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     gap = np.zeros(len(confidence))
@@ -136,7 +136,76 @@ def ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15, **options
     probabilities, labels = _same_rows(probabilities, labels)
     confidence = probabilities.max(axis=1)
     hit = probabilities.argmax(axis=1) == labels
-    return bootstrap(lambda c, h: _calibration_gap(c, h, bins), confidence, hit, **options)
+    return bootstrap(lambda c, h: calibration_gap(c, h, bins), confidence, hit, **options)
+
+
+def classwise_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15, **options: Any) -> Estimate:
+    """The calibration error of every class's probability over equal-width bins, averaged over classes."""
+    probabilities, labels = _same_rows(probabilities, labels)
+    own = np.eye(probabilities.shape[1])[labels]
+
+    def statistic(p: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.mean([calibration_gap(p[..., k], y[..., k], bins) for k in range(p.shape[-1])], axis=0)
+
+    return bootstrap(statistic, probabilities, own, **options)
+
+
+def token_report(pi: Sequence[np.ndarray], labels: np.ndarray, **options: Any) -> dict[str, Any]:
+    """Accuracy, ECE, class-wise ECE, Brier and NLL of every token's pi [S,L,E] in every layer, against its row's label.
+
+    A row's predictions share its weight, and intervals resample rows: tokens of a row are not independent.
+    """
+    count = pi[0].shape[-1]
+    gaps: dict[str, list[Any]] = {"ece15": [], "ece10": [], "classwise_ece": []}
+    other = []
+    for own, label in zip(pi, labels, strict=True):
+        flat = own.reshape(-1, count).astype(np.float64)
+        hit = flat.argmax(axis=1) == label
+        for bins in (15, 10):
+            gaps[f"ece{bins}"].append(_bin_gaps(flat.max(axis=1), hit, bins))
+        gaps["classwise_ece"].append([_bin_gaps(flat[:, k], np.full(len(flat), k == label), 15) for k in range(count)])
+        squared = np.square(flat - np.eye(count)[label]).sum(axis=1)
+        other.append([hit.mean(), squared.mean(), -np.log(flat[:, label] + 1e-20).mean()])
+    accuracy, brier_scores, losses = (bootstrap(_mean, column, **options) for column in np.asarray(other).T)
+    found = {"accuracy": accuracy, "brier": brier_scores, "nll": losses}
+    found |= {name: _resampled_gaps(np.asarray(own), **options) for name, own in gaps.items()}
+    curve = _token_reliability(pi, labels, 15)
+    return {name: estimate.as_dict() for name, estimate in found.items()} | {"reliability": curve}
+
+
+def _token_reliability(pi: Sequence[np.ndarray], labels: np.ndarray, bins: int) -> list[dict[str, float]]:
+    """As ``reliability``; ``count`` is in rows, whose predictions share one."""
+    count = pi[0].shape[-1]
+    confidence = [own.reshape(-1, count).max(axis=1) for own in pi]
+    hit = [own.reshape(-1, count).argmax(axis=1) == label for own, label in zip(pi, labels, strict=True)]
+    weight = np.concatenate([np.full(len(own), 1.0 / len(own)) for own in confidence])
+    which = np.minimum((np.concatenate(confidence) * bins).astype(int), bins - 1)
+    mass, sure, right = (
+        np.bincount(which, weight * x, bins) for x in (1.0, np.concatenate(confidence), np.concatenate(hit))
+    )
+    return [
+        {"low": b / bins, "high": (b + 1) / bins, "confidence": sure[b] / mass[b], "accuracy": right[b] / mass[b]}
+        | {"count": float(mass[b])}
+        for b in np.flatnonzero(mass)
+    ]
+
+
+def _bin_gaps(confidence: np.ndarray, hit: np.ndarray, bins: int) -> np.ndarray:
+    """Sum of confidence less hits in each bin, over the number of predictions [bins]."""
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    return np.bincount(which, confidence - hit, bins) / len(confidence)
+
+
+def _resampled_gaps(gaps: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+    """ECE from each row's bin gaps [n,bins] or [n,classes,bins] (then the classes' mean), by resampling rows."""
+    n = len(gaps)
+    index = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    shares = np.stack([np.bincount(draw, minlength=n) for draw in index]) / n
+    error = lambda share: np.abs(np.tensordot(share, gaps, 1)).sum(axis=-1)  # noqa: E731
+    mean = (lambda x: x) if gaps.ndim == 2 else (lambda x: x.mean(axis=-1))
+    draws = mean(error(shares))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(float(mean(error(np.full(n, 1.0 / n)))), n, (float(low), float(high)))
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[dict[str, float]]:
@@ -167,6 +236,7 @@ def routing_report(probabilities: np.ndarray, labels: np.ndarray, names: Sequenc
         "accuracy": share(chosen == labels, **options).as_dict(),
         "ece15": ece(probabilities, labels, 15, **options).as_dict(),
         "ece10": ece(probabilities, labels, 10, **options).as_dict(),
+        "classwise_ece": classwise_ece(probabilities, labels, 15, **options).as_dict(),
         "brier": brier(probabilities, labels, **options).as_dict(),
         "nll": nll(probabilities, labels, **options).as_dict(),
         "confusion": confusion.tolist(),

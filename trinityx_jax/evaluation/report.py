@@ -38,10 +38,17 @@ EXPLAINED = {
     "accuracy": "rows whose own expert has the most weight; higher is better",
     "ece15": "gap between confidence and accuracy over 15 bins; lower is better",
     "ece10": "the same over 10 bins; lower is better",
+    "classwise_ece": "the same of every expert's weight, averaged over experts; lower is better",
     "brier": "squared error of the weights as probabilities; lower is better",
     "nll": "−log of the weight on the row's own expert; lower is better",
 }
-NAMES = {"ece15": "ECE, 15 bins", "ece10": "ECE, 10 bins", "brier": "Brier score", "nll": "NLL"}
+NAMES = {
+    "ece15": "ECE, 15 bins",
+    "ece10": "ECE, 10 bins",
+    "classwise_ece": "Class-wise ECE",
+    "brier": "Brier score",
+    "nll": "NLL",
+}
 
 CLOSING = ("accuracy", "ece15", "brier")  # the routing metrics that a terminal shows
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trinityx_jax.backbone import Backbone
+from trinityx_jax.backbone import Backbone, Cache, empty_cache
 from trinityx_jax.backbone.products import activations, packed
 from trinityx_jax.data.batching import evaluation_batches
 from trinityx_jax.data.templates import Encoded
+from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.mocae import Router, hidden_states, token_routing
+from trinityx_jax.mocae.model import prepared
 from trinityx_jax.training.loss import supervised_nll
 
 
@@ -31,10 +33,11 @@ class Scores:
 
 
 class Scorer:
-    """Compiled scoring functions of one base and set of experts, shared by all systems."""
+    """Compiled scoring functions of one base and its experts (none: the base alone), shared by all systems."""
 
-    def __init__(self, backbone: Backbone, experts: Any, dtype: str, batch_size: int):
-        self.backbone, self.experts, self.batch_size = backbone, experts, batch_size
+    def __init__(self, backbone: Backbone, vectors: Mapping[str, TaskVector], dtype: str, batch_size: int):
+        self.backbone, self.names, self.batch_size = backbone, list(vectors), batch_size
+        self.experts = stack(list(vectors.values())) if vectors else None
         config, kind = backbone.config, activations(dtype)
         self.base = packed(backbone.params)
 
@@ -61,7 +64,21 @@ class Scorer:
             per_layer = jnp.einsum("bsle,bs->ble", pi, mask.astype(jnp.float32)) / count
             return row_nll(base, hidden, batch), jnp.mean(pi, axis=2), per_layer
 
-        self._static, self._routed = static, routed
+        @jax.jit
+        def prefix(base: Any, experts: Any, how: Any, tokens: jax.Array) -> Any:
+            cache = empty_cache(config, 1, tokens.shape[1], kind)
+            mask = jnp.ones(tokens.shape, bool)
+            return hidden_states(base, config, tokens, mask, experts=experts, **how, cache=cache, dtype=kind)[2]
+
+        @jax.jit
+        def after(base: Any, experts: Any, how: Any, cache: Cache, batch: Any) -> jax.Array:
+            cache = _spread(cache, *batch["tokens"].shape)
+            hidden, _, _ = hidden_states(
+                base, config, batch["tokens"], batch["mask"], experts=experts, **how, cache=cache, dtype=kind
+            )
+            return row_nll(base, hidden, batch)
+
+        self._static, self._routed, self._prefix, self._after = static, routed, prefix, after
 
     def batches(self, rows: Sequence[Encoded]) -> int:
         """How many batches ``score`` will run."""
@@ -79,13 +96,13 @@ class Scorer:
         nll, tokens = np.zeros(len(rows)), np.asarray([len(r.ids) - r.prompt_length for r in rows])
         token_pi: dict[int, np.ndarray] = {}
         layer_pi: dict[int, np.ndarray] = {}
+        run = self.runner(weights, router)
         for index, batch in evaluation_batches(rows, [0] * len(rows), self.batch_size, 0):
             arrays, own = batch.arrays(), slice(0, len(index))
             if router is None:
-                found = self._static(self.base, self.experts, jnp.asarray(weights, jnp.float32), arrays)
-                nll[index] = np.asarray(found)[own]
+                nll[index] = np.asarray(run(arrays))[own]
             else:
-                found, pi, layers = self._routed(self.base, self.experts, router, arrays)
+                found, pi, layers = run(arrays)
                 nll[index] = np.asarray(found)[own]
                 for row, i in enumerate(index):
                     token_pi[int(i)] = np.asarray(pi[row])[batch.mask[row]]
@@ -95,3 +112,67 @@ class Scorer:
             return Scores(nll, tokens)
         order = range(len(rows))
         return Scores(nll, tokens, [token_pi[i] for i in order], np.stack([layer_pi[i] for i in order]))
+
+    def memory(self, weights: np.ndarray | None, router: Router | None, batch: Any) -> int:
+        """Bytes that the compiled program needs for a batch: arguments, results and temporaries."""
+        function, arguments = self._run(weights, router)
+        found: Any = function.lower(*arguments, batch).compile().memory_analysis()
+        return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+
+    def runner(self, weights: np.ndarray | None, router: Router | None) -> Callable[[Any], Any]:
+        """What scores one batch."""
+        function, arguments = self._run(weights, router)
+        return lambda batch: function(*arguments, batch)
+
+    def _run(self, weights: np.ndarray | None, router: Router | None) -> tuple[Any, tuple[Any, Any, Any]]:
+        if router is None:
+            return self._static, (self.base, self.experts, _weights(weights))
+        experts = self.experts
+        if router.config.mixing == "full":
+            experts = jax.jit(prepared)(self.base, experts, router)
+        return self._routed, (self.base, experts, router)
+
+    def score_continuations(
+        self,
+        rows: Sequence[Encoded],
+        *,
+        weights: np.ndarray | None = None,
+        router: Router | None = None,
+        on_batch: Callable[[], None] = lambda: None,
+    ) -> np.ndarray:
+        """As ``score``'s nll [n], for rows that begin alike: what all share is run once."""
+        shared = min(_alike([row.ids for row in rows]), *(row.prompt_length - 1 for row in rows))
+        function, (base, experts, how) = self._run(weights, router)
+        named = {"weights": how} if router is None else {"router": how}
+        out = np.zeros(len(rows))
+        rest = [Encoded(row.ids[shared:], row.prompt_length - shared, row.place) for row in rows]
+        cache = self._prefix(base, experts, named, jnp.asarray(rows[0].ids[None, :shared])) if shared else None
+        for index, batch in evaluation_batches(rest, [0] * len(rows), self.batch_size, 0):
+            if cache is None:
+                nll = jax.tree.leaves(function(base, experts, how, batch.arrays()))[0]
+            else:
+                nll = self._after(base, experts, named, cache, batch.arrays())
+            out[index] = np.asarray(nll)[: len(index)]
+            on_batch()
+        return out
+
+
+def _alike(rows: Sequence[np.ndarray]) -> int:
+    """Of how many tokens the beginning is the same in all rows."""
+    size = min(map(len, rows))
+    same = np.all(np.stack([row[:size] for row in rows]) == rows[0][:size], axis=0)
+    return size if same.all() else int(np.argmin(same))
+
+
+def _weights(weights: np.ndarray | None) -> jax.Array | None:
+    return None if weights is None else jnp.asarray(weights, jnp.float32)
+
+
+def _spread(cache: Cache, rows: int, more: int) -> Cache:
+    """A cache of one row for many, with room for so many more positions."""
+
+    def wide(x: jax.Array) -> jax.Array:  # [L,1,T,K,N]
+        return jnp.pad(jnp.repeat(x, rows, axis=1), ((0, 0), (0, 0), (0, more), (0, 0), (0, 0)))
+
+    filled = jnp.pad(jnp.repeat(cache.filled, rows, axis=0), ((0, 0), (0, more)))
+    return Cache(wide(cache.keys), wide(cache.values), filled, cache.length)

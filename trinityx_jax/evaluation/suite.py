@@ -11,7 +11,8 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.answers import side_by_side
 from trinityx_jax.evaluation.heldout import evaluate
 from trinityx_jax.files import write_json
-from trinityx_jax.runs import open_run
+from trinityx_jax.runs import load_uncalibrated, open_run
+from trinityx_jax.sections import UNSEEN
 
 TEST_KEYS = ("test", "test_format", "test_fields", "test_split", "test_limit")  # of data.NAME
 
@@ -30,14 +31,14 @@ def evaluate_run(
     Raises:
         UserError: the run is not whole, or names no test rows; an override is not of evaluation.
     """
-    _check_overrides(overrides, out)
+    check_overrides(overrides, out)
     opened = open_run(run)
     folder = opened.folder
     stages = ("router", "experts") if opened.router is not None else ("experts",)
     found = [path for stage in stages if (path := folder.path / f"config-{stage}.yaml").exists()]
     if not found:
         raise UserError(f"{folder.path}: holds no configuration (config-experts.yaml)")
-    before = (folder.done("router") or {}).get("temperature_before")
+    before = load_uncalibrated(folder, opened.router)
     target, config = Path(out) if out else folder.path / "evaluation", load_config(found[0], overrides)
     results = evaluate(config, opened.backbone, opened.vectors, opened.router, target, before)
     if opened.router is not None:
@@ -46,11 +47,13 @@ def evaluate_run(
     return results, target / "results.json"
 
 
-def _check_overrides(overrides: Sequence[str], out: str | Path | None) -> None:
+def check_overrides(overrides: Sequence[str], out: str | Path | None, calibration: bool = False) -> None:
+    """Raise UserError where an override is not of an evaluation (or of a calibration, which reads unseen rows too)."""
+    known = (*TEST_KEYS, *UNSEEN) if calibration else TEST_KEYS
     for flag in overrides[::2]:
         section, *keys = flag.removeprefix("--").split(".")
-        if section == "data" and len(keys) >= 2 and keys[1] in TEST_KEYS:
-            if out is None:
+        if section == "data" and len(keys) >= 2 and keys[1] in known:
+            if out is None and not calibration:
                 raise UserError(f"{flag}: results on other test rows need a folder of their own (--out)")
         elif section != "evaluate":
-            raise UserError(f"{flag}: has no effect on an evaluation ({', '.join(TEST_KEYS)}, evaluate.* have)")
+            raise UserError(f"{flag}: has no effect here ({', '.join(known)}, evaluate.* have)")

@@ -18,6 +18,7 @@ from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.experts.lora import check_fits
 from trinityx_jax.generation.sampling import Sampling, choose
 from trinityx_jax.mocae import Router, hidden_states
+from trinityx_jax.mocae.model import prepared
 
 BATCH = 32  # prompts decoded together
 PROMPT_MULTIPLE = 32  # prompts are left-padded to this, so that few shapes are compiled
@@ -186,6 +187,7 @@ def _decode(
     batch, size = tokens.shape
     kind = jnp.dtype(dtype)
     stop = jnp.asarray(ends, jnp.int32)
+    experts = None if experts is None else prepared(base, experts, router)
 
     def forward(ids: jax.Array, real: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         hidden, _, cache = hidden_states(

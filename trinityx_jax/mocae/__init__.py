@@ -1,6 +1,7 @@
 """Mixture of calibrated experts: router, mixture, losses, calibration."""
 
+from trinityx_jax.mocae.config import MoCaEConfig, preset
 from trinityx_jax.mocae.model import hidden_states, token_routing
-from trinityx_jax.mocae.router import MoCaEConfig, Router, init_router, preset
+from trinityx_jax.mocae.router import Router, init_router
 
 __all__ = ["MoCaEConfig", "Router", "hidden_states", "init_router", "preset", "token_routing"]

@@ -17,7 +17,8 @@ from trinityx_jax.backbone.layers import linear
 from trinityx_jax.backbone.model import AttentionLinear
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import lora
-from trinityx_jax.mocae.router import MoCaEConfig, Router, mixture_weights
+from trinityx_jax.mocae.config import MoCaEConfig
+from trinityx_jax.mocae.router import Router, mixture_weights
 
 # (site's factors, input [B,S,in], dtype of products, this layer's inputs, handed down, index of the site) -> delta
 Mix = Callable[[lora.Site, jax.Array, Any, Any, Any, int], jax.Array]

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from trinityx_jax.backbone.products import unpacked
+from trinityx_jax.experts import FEED_FORWARD
+from trinityx_jax.experts.lora import Experts
 
 TINY = 1e-20  # keeps log(0) of a top-k masked expert finite
 
@@ -71,3 +78,37 @@ def gate_hits(pi: jax.Array, mask: jax.Array, objective: jax.Array) -> tuple[jax
     """Per row [B]: whether its mean pi is highest at its own objective; whether it holds a token at all."""
     real = jnp.any(mask, axis=1)
     return (jnp.argmax(row_routing(pi, mask), axis=-1) == objective) & real, real
+
+
+def balance_loss(z: jax.Array, temperature: jax.Array, mask: jax.Array, top_k: int | None) -> jax.Array:
+    """E sum_i f_i P_i (Switch, Mixtral, MixLoRA): f_i how often expert i is among a token's top_k, P_i its mean
+    probability before the selection, over real tokens and layers. z [B,S,L,E]; 1 for each selected expert at best.
+    """
+    count = z.shape[-1]
+    weight = mask.astype(jnp.float32)[..., None]
+    total = jnp.maximum(jnp.sum(weight) * z.shape[2], 1.0)
+    _, index = jax.lax.top_k(z / temperature, top_k or count)
+    chosen = jnp.sum(jax.nn.one_hot(index, count), axis=-2)
+    frequency, probability = (
+        jnp.einsum("bsle,bsx->e", x, weight) / total for x in (chosen, jax.nn.softmax(z / temperature, axis=-1))
+    )
+    return count * jnp.sum(jax.lax.stop_gradient(frequency) * probability)
+
+
+def norm_loss(mlp: Mapping[str, Any], experts: Experts) -> jax.Array:
+    """The experts' weight norms (H3Fusion): the sum over experts and sites of ||W + dW||, averaged over layers.
+
+    mlp: the base's [L,in,out] kernels by site. experts: the stacked tree. Never makes a delta:
+    ||W + s A B||^2 = ||W||^2 + 2 s <W, A B> + s^2 <A^T A, B B^T>.
+    """
+    total = jnp.zeros(())
+    for site, x in experts.items():
+        if site not in FEED_FORWARD:
+            continue
+        kernel = unpacked(mlp[site]["kernel"]).astype(jnp.float32)
+        a, b, scale = x["a"], x["b"], x["scale"]
+        cross = jnp.einsum("lio,leir,lero->le", kernel, a, b, precision="highest")
+        own = jnp.einsum("leir,leiq,lero,leqo->le", a, a, b, b, precision="highest")
+        square = jnp.sum(kernel**2, axis=(1, 2))[:, None] + 2 * scale * cross + scale**2 * own
+        total = total + jnp.sum(jnp.sqrt(square)) / len(kernel)
+    return total

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from trinityx_jax.backbone import BackboneConfig
-from trinityx_jax.backbone.layers import ACTIVATION_FUNCTIONS, linear
+from trinityx_jax.backbone.layers import ACTIVATION_FUNCTIONS, feed_forward, linear
 from trinityx_jax.backbone.model import FeedForward
-from trinityx_jax.backbone.products import activations, kept, matmul
+from trinityx_jax.backbone.products import activations, bits, kept, matmul, unpacked
 from trinityx_jax.experts import lora
 from trinityx_jax.mocae import router as routing
-from trinityx_jax.mocae.router import MoCaEConfig
+from trinityx_jax.mocae.config import MoCaEConfig
 
 Mlp = Mapping[str, Any]
 CHUNK = 32  # tokens whose branches stay in a CPU's cache; 16 to 64 are alike
@@ -121,8 +121,37 @@ def weight_mixture(mlp: Mlp, experts: lora.Experts, u: jax.Array, alpha: jax.Arr
     return site("down", act(site("gate", u)) * site("up", u))
 
 
+def full_experts(mlp: Mlp, experts: lora.Experts) -> list[dict[str, jax.Array]]:
+    """Each expert's own weights W + dW by site, [L,in,out] from factors [L,E,...] or [in,out] in a layer.
+
+    An array for each expert: slices of one for all would be copied in every layer.
+    """
+    count, layered = next(iter(experts.values()))["scale"].shape[-1], next(iter(experts.values()))["scale"].ndim > 1
+
+    def whole(site: str, e: int) -> jax.Array:
+        kernel = unpacked(mlp[site]["kernel"])
+        a, b, scale = (experts[site][key][:, e] if layered else experts[site][key][e] for key in ("a", "b", "scale"))
+        own = (kernel + jnp.einsum("...,...ir,...ro->...io", scale, a, b)).astype(kernel.dtype)
+        return bits(own) if mlp[site]["kernel"].dtype == jnp.uint16 else own
+
+    return [{site: whole(site, e) for site in experts} for e in range(count)]
+
+
+def full_mixture(mlp: Mlp, experts: Any, u: jax.Array, alpha: jax.Array, activation: str) -> jax.Array:
+    """``mixture`` by a whole feed-forward for each expert, with weights of its own: E times the cost.
+
+    experts: this layer's factors, or its slice of ``full_experts``.
+    """
+    own = full_experts(mlp, experts) if isinstance(experts, Mapping) else experts
+    total = jnp.zeros(u.shape, jnp.float32)
+    for e, kernels in enumerate(own):
+        weights = {site: {**x, "kernel": unpacked(kernels.get(site, x["kernel"]))} for site, x in mlp.items()}
+        total = total + alpha[..., e : e + 1] * feed_forward(weights, u, activation).astype(jnp.float32)
+    return total.astype(u.dtype)
+
+
 def routed_feed_forward(config: BackboneConfig, mocae: MoCaEConfig, deterministic: bool = True) -> FeedForward:
-    """The MoCaE layer for the decoder; per-layer inputs are ``experts``, ``router`` and ``key``.
+    """The MoCaE layer for the decoder; per-layer inputs are ``experts`` (see ``model.prepared``), ``router``, ``key``.
 
     aux is {"pi": [B,S,E], "z": [B,S,E]} in float32, and alpha as ``handed`` where attention deltas follow it.
     """
@@ -134,6 +163,8 @@ def routed_feed_forward(config: BackboneConfig, mocae: MoCaEConfig, deterministi
         alpha = routing.mixture_weights(pi, r["gamma"], mocae.weight)
         if mocae.mixing == "weights":
             y = weight_mixture(mlp, layer["experts"], u, alpha, config.activation)
+        elif mocae.mixing == "full":
+            y = full_mixture(mlp, layer["experts"], u, alpha, config.activation)
         else:
             y = mixture(mlp, layer["experts"], u, alpha, config.activation, mocae.weight == "anchored")
         key = None if deterministic or mocae.dropout == 0.0 else layer["key"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,28 @@ from trinityx_jax.mocae.attention import check_policy, first_weights, routed_att
 from trinityx_jax.mocae.router import Router, per_layer
 
 
+class Prepared(NamedTuple):
+    """Experts as the feed-forward takes them, and their deltas on the attention's sites."""
+
+    feed_forward: Any
+    attention: dict[str, Any]
+
+
+def prepared(base: Mapping[str, Any], experts: Experts, router: Router | None) -> Experts | Prepared:
+    """What a caller that runs the model many times makes of the stacked tree once; no gradient passes through it."""
+    if router is None or router.config.mixing != "full":
+        return experts
+    own, attention = split_sites(experts)
+    return Prepared(mixture.full_experts(base["blocks"], own), attention)
+
+
 def hidden_states(
     base: Mapping[str, Any],
     config: BackboneConfig,
     tokens: jax.Array,
     mask: jax.Array,
     *,
-    experts: Experts | None = None,
+    experts: Experts | Prepared | None = None,
     router: Router | None = None,
     weights: jax.Array | None = None,
     cache: Cache | None = None,
@@ -32,7 +47,7 @@ def hidden_states(
     """Final hidden states [B,S,D] of the base, of a static combination, or of the routed mixture.
 
     Args:
-        experts: the stacked tree; needs ``router`` or ``weights`` [E].
+        experts: the stacked tree, or what ``prepared`` makes of it; needs ``router`` or ``weights`` [E].
         dropout: a key; None is evaluation.
 
     Returns:
@@ -40,7 +55,7 @@ def hidden_states(
     """
     inputs: Any
     project = handed = None
-    own, attention = split_sites(experts or {})
+    own, attention = experts if isinstance(experts, Prepared) else split_sites(experts or {})
     if experts is None:
         function, inputs = base_feed_forward(config), None
     elif router is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,117 +12,19 @@ import jax.numpy as jnp
 
 from trinityx_jax.backbone import BackboneConfig
 from trinityx_jax.errors import UserError
+from trinityx_jax.mocae.config import MoCaEConfig
 
-CHOICES = {
-    "router_scope": ("layer", "shared"),
-    "weight": ("convex", "product", "anchored"),
-    "mixing": ("outputs", "weights"),
-    "output": ("prenorm", "gated", "layernorm"),
-    "gamma_similarity": ("cosine", "inner", "uniform"),
-    "entropy": ("batch_diversity", "token_literal"),
-    "kl": ("step", "ema", "token", "layer"),
-    "attention_deltas": (None, "drop", "merge", "route"),
-}
 NORM_EPS = 1e-5
-
-
-@dataclasses.dataclass(frozen=True)
-class MoCaEConfig:
-    """Every reading of METHOD section 2; the defaults are the ``recommended`` preset.
-
-    Raises:
-        UserError: a value is outside its range or not one of its choices.
-    """
-
-    temperature: float = 0.7  # tau
-    top_k: int | None = None  # None: all experts
-    router_scope: str = "layer"
-    weight: str = "convex"
-    mixing: str = "outputs"
-    output: str = "prenorm"
-    dropout: float = 0.0
-    gamma_similarity: str = "cosine"
-    gamma_reference: str | None = None  # an expert's name or path; None: the mean of the experts
-    gamma_floor: float | None = None  # what a lower similarity counts as; None: a negative one raises
-    gamma_dynamic: bool = False  # moves towards experts that gain most on held-out rows
-    entropy: str = "batch_diversity"
-    kl: str = "step"
-    lambda_entropy: float = 0.1
-    lambda_kl: float = 0.01
-    lambda_gate: float = 0.1
-    train_gamma: bool = False
-    train_norm: bool = False
-    attention_deltas: str | None = None  # of experts that hold some (METHOD 1); None raises
-
-    def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(str(choice) for choice in allowed if choice is not None)
-                raise UserError(f"mocae.{name}: {getattr(self, name)!r} is not one of {choices}")
-        for name in ("temperature", "dropout", "lambda_entropy", "lambda_kl", "lambda_gate"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise UserError(f"mocae.{name}: must be a number, not {value!r}")
-        for name in ("train_gamma", "train_norm", "gamma_dynamic"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"mocae.{name}: must be true or false, not {getattr(self, name)!r}")
-        if not self.temperature > 0:
-            raise UserError(f"mocae.temperature: must be positive, not {self.temperature}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"mocae.dropout: must be in [0, 1), not {self.dropout}")
-        for name in ("lambda_entropy", "lambda_kl", "lambda_gate"):
-            if getattr(self, name) < 0:
-                raise UserError(f"mocae.{name}: must not be negative, is {getattr(self, name)}")
-        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise UserError(f"mocae.top_k: must be a whole number of at least 1, not {self.top_k!r}")
-        if self.train_gamma and self.gamma_dynamic:
-            raise UserError("mocae.gamma_dynamic: gamma is trained (train_gamma); choose one")
-        if self.gamma_reference is not None and not isinstance(self.gamma_reference, str):
-            raise UserError(f"mocae.gamma_reference: must be a name or a path, not {self.gamma_reference!r}")
-        if self.train_norm and self.output == "prenorm":
-            raise UserError("mocae.train_norm: output 'prenorm' has no norm to train")
-        if self.mixing == "weights" and self.weight == "anchored":
-            raise UserError("mocae.mixing: 'weights' mixes deltas, which 'anchored' weighting does not apply to")
-        if self.output == "gated" and not self.train_norm:
-            raise UserError("mocae.output: 'gated' needs train_norm: its gate starts at 0, where it does nothing")
-
-
-PRESETS: dict[str, MoCaEConfig] = {
-    "recommended": MoCaEConfig(),
-    "literal": MoCaEConfig(
-        router_scope="shared",
-        weight="product",
-        output="layernorm",
-        gamma_similarity="inner",
-        entropy="token_literal",
-        lambda_gate=0.0,
-        train_norm=True,
-    ),
-}
-
-
-def preset(name: str, **changes: Any) -> MoCaEConfig:
-    """A named preset with some fields changed.
-
-    Raises:
-        UserError: there is no such preset, or a field is unknown.
-    """
-    if name not in PRESETS:
-        raise UserError(f"mocae.preset: {name!r} is not one of {', '.join(PRESETS)}")
-    known = [field.name for field in dataclasses.fields(MoCaEConfig)]
-    for key in changes:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"mocae.{key}: unknown key (nearest: {nearest})")
-    return dataclasses.replace(PRESETS[name], **changes)
 
 
 @flax.struct.dataclass
 class Router:
     """Router parameters (float32) and the static switches they go with.
 
-    kernel [L|1,D,E], bias [L|1,E], gamma [E] (normalised), temperature [] or [E]; ``norm`` holds
-    scale and bias [L,D] (and gate [L] for ``gated``) where the output reading has a LayerNorm.
+    kernel [L|1,D,E], bias [L|1,E], gamma [E] (normalised), temperature [], [E] or [L,E]; ``norm`` holds
+    scale and bias [L,D] (and gate [L] for ``gated``) where the output reading has a LayerNorm. ``pool``
+    (row_sharpness [], row_bias [E], and of prompts) is no part of the model: it turns a row's mean pi into
+    probabilities (``calibration.pooled``).
     """
 
     kernel: jax.Array
@@ -134,17 +34,19 @@ class Router:
     norm: dict[str, jax.Array]
     config: MoCaEConfig = flax.struct.field(pytree_node=False)
     names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    pool: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 def init_router(
     config: BackboneConfig, names: Sequence[str], gamma: jax.Array, mocae: MoCaEConfig, seed: int = 0
 ) -> Router:
-    """A router with a small random kernel and zero bias: close to uniform at first."""
+    """A router with a small random kernel and zero bias: close to uniform at first, or uniform for good."""
     count, layers, d = len(names), config.num_layers, config.hidden_size
     if mocae.top_k is not None and mocae.top_k > count:
         raise UserError(f"mocae.top_k: {mocae.top_k} of {count} experts cannot be selected")
     depth = layers if mocae.router_scope == "layer" else 1
-    kernel = 0.02 / d**0.5 * jax.random.normal(jax.random.key(seed), (depth, d, count), jnp.float32)
+    size = 0.0 if mocae.routing == "uniform" else 0.02 / d**0.5
+    kernel = size * jax.random.normal(jax.random.key(seed), (depth, d, count), jnp.float32)
     norm: dict[str, jax.Array] = {}
     if mocae.output != "prenorm":
         norm = {"scale": jnp.ones((layers, d)), "bias": jnp.zeros((layers, d))}
@@ -161,6 +63,32 @@ def init_router(
     )
 
 
+def extended(router: Router, old: Router) -> Router:
+    """A fresh router that begins as a trained one, whatever experts it has beside the trained one's.
+
+    A new expert's logit begins as the mean of the others': a vector that is added to every expert's column changes
+    nothing, so no other start favours none of them. The trained temperature goes into kernel and bias.
+
+    Raises:
+        UserError: the trained router's shape differs, or it routes to an expert that is not there.
+    """
+    for name in old.names:
+        if name not in router.names:
+            raise UserError(f"router.from: it routes to {name!r}, which is not one of {', '.join(router.names)}")
+    if (old.kernel.shape[:2], sorted(old.norm)) != (router.kernel.shape[:2], sorted(router.norm)):
+        raise UserError("router.from: mocae.router_scope or mocae.output differ, or the base model does")
+    if old.temperature.ndim == 2 and len(old.temperature) != len(old.kernel):
+        raise UserError("router.from: a shared router with a temperature for each layer; give it before calibration")
+    scale = jnp.broadcast_to(router.temperature / old.temperature, (len(old.kernel), len(old.names)))
+    kernel, bias = old.kernel * scale[:, None], old.bias * scale
+
+    def columns(x: jax.Array) -> jax.Array:
+        mean = jnp.mean(x, axis=-1)
+        return jnp.stack([x[..., old.names.index(n)] if n in old.names else mean for n in router.names], axis=-1)
+
+    return dataclasses.replace(router, kernel=columns(kernel), bias=columns(bias), norm=dict(old.norm))
+
+
 def per_layer(router: Router, layers: int) -> dict[str, Any]:
     """The router as [L,...] leaves for the scan over blocks; a shared one is broadcast."""
 
@@ -174,7 +102,7 @@ def per_layer(router: Router, layers: int) -> dict[str, Any]:
         "kernel": stretch(router.kernel),
         "bias": stretch(router.bias),
         "gamma": spread(router.gamma),
-        "temperature": spread(router.temperature),
+        "temperature": router.temperature if router.temperature.ndim == 2 else spread(router.temperature),
         "norm": dict(router.norm),
     }
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from trinityx_jax.config import CheckpointConfig
 from trinityx_jax.data.readers import first_line
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import disk_full
+from trinityx_jax.sections import CheckpointConfig
 from trinityx_jax.training.state import TrainState
 
 

@@ -25,7 +25,7 @@ from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.optimizer import make_optimizer
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
-from trinityx_jax.training.settings import SAME_RESULT, check_one_process, data_settings
+from trinityx_jax.training.settings import SAME_RESULT, STAGE_2, check_one_process, data_settings
 from trinityx_jax.training.state import TrainState, after_validation, expert_state
 from trinityx_jax.training.step import expert_step, experts_of, trained_experts, with_trained
 from trinityx_jax.training.validation import held_out_sums, mean_losses
@@ -37,7 +37,8 @@ def expert_settings(config: RunConfig, name: str) -> dict[str, Any]:
     """What decides the expert that comes out; how it is trained beside others does not."""
     values = config.model_dump(mode="json", by_alias=True)
     experts = {key: values["experts"][key] for key in ("rank", "alpha", "dropout", "sites")}
-    train = {key: value for key, value in values["train"].items() if key not in (*SAME_RESULT, "mode", "experts")}
+    other = {*SAME_RESULT, *STAGE_2, "mode", "experts"}
+    train = {key: value for key, value in values["train"].items() if key not in other}
     shared = {key: values[key] for key in ("model", "seed", "dtype")}
     return {**shared, "experts": experts, "train": train, **data_settings(config, config.parts(name))}
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trinityx_jax.config import TrainConfig
+from trinityx_jax.sections import TrainConfig
 
 UNDECAYED = {"bias", "gamma", "norm"}  # leaves that are no weights of a product
 
@@ -31,11 +31,17 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
 
         return jax.tree_util.tree_map_with_path(weight, params)
 
-    return optax.chain(
+    def experts(params: Any) -> Any:
+        return {name: jax.tree.map(lambda _, own=name == "experts": own, part) for name, part in params.items()}
+
+    parts = [
         optax.clip_by_global_norm(train.clip),
         optax.scale_by_adam(),
         optax.add_decayed_weights(train.weight_decay, mask=decayed),
-    )
+    ]
+    if train.experts_learning_rate is not None:  # the rate on top is the router's
+        parts.append(optax.masked(optax.scale(train.experts_learning_rate / train.learning_rate), experts))
+    return optax.chain(*parts)
 
 
 def expert_axes(tree: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,46 +14,83 @@ import numpy as np
 
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.backbone.products import activations, packed
-from trinityx_jax.config import RunConfig, save_config
+from trinityx_jax.config import SCRATCH, RunConfig, save_config
 from trinityx_jax.data.batching import (
     Batch,
     TrainingBatches,
-    evaluation_batches,
     validation_batches,
 )
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
-from trinityx_jax.experts import ATTENTION, TaskVector, dynamic_gamma, gamma, stack
-from trinityx_jax.mocae import Router, hidden_states, init_router, token_routing
+from trinityx_jax.experts import ATTENTION, TaskVector, dynamic_gamma, gamma, init_expert, stack, unstack
+from trinityx_jax.mocae import Router, init_router
 from trinityx_jax.mocae.attention import check_policy
-from trinityx_jax.mocae.calibration import calibrated_temperature, selected
-from trinityx_jax.runs import RunFolder, expert_digests, gamma_reference, save_router
+from trinityx_jax.mocae.router import extended
+from trinityx_jax.runs import (
+    UNCALIBRATED,
+    RunFolder,
+    expert_digests,
+    gamma_reference,
+    load_experts,
+    load_router,
+    router_digest,
+    save_router,
+)
+from trinityx_jax.training.calibration import RoutingReader, calibrate, objective_targets
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.optimizer import make_optimizer
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
 from trinityx_jax.training.settings import SAME_RESULT, check_one_process, data_settings
 from trinityx_jax.training.state import TrainState, router_state
-from trinityx_jax.training.step import router_step, trained_experts, trained_router
+from trinityx_jax.training.step import after_stage_2, router_step, trained_experts, trained_router
 from trinityx_jax.training.validation import held_out_sums, mean_losses
 
 log = logging.getLogger(__name__)
-UNREPEATED = {"out", "evaluate", "checkpoint", "data"}  # sections that do not change what the stage computes
+UNREPEATED = {"out", "evaluate", "checkpoint", "data", "system"}  # sections that do not change what the stage computes
 
 
 def router_settings(config: RunConfig) -> dict[str, Any]:
     """What of the configuration decides the router that comes out."""
-    values = config.model_dump(mode="json", by_alias=True, exclude={"train": set(SAME_RESULT)})
+    values = config.model_dump(mode="json", by_alias=True, exclude={"train": {*SAME_RESULT, "anew"}})
     kept = {key: value for key, value in values.items() if key not in UNREPEATED}
     names = dict.fromkeys([*config.experts.names, *filter(None, [config.mocae_config().gamma_reference])])
-    digests = expert_digests(config.experts.source or config.out, names)
-    return kept | data_settings(config, config.data) | {"weights": digests}
+    source = config.experts.source or config.out
+    kept["weights"] = None if source == SCRATCH else expert_digests(source, names)
+    if config.router.source is not None:
+        kept["router"] = {"from": config.router.source, "weights": router_digest(config.router.source)}
+    return kept | data_settings(config, config.data)
+
+
+def router_done(config: RunConfig) -> bool:
+    """Whether the run has this configuration's router.
+
+    Raises:
+        UserError: it has another one, and ``train.anew`` is not set.
+    """
+    run = RunFolder(config.out)
+    changed = run.changed("router", router_settings(config))
+    if changed is not None and not config.train.anew:
+        raise UserError(
+            f"{run.path}: its router was begun with other settings ({changed}); train it anew with --train.anew true, "
+            "or choose another --out"
+        )
+    return changed is None and run.done("router") is not None
+
+
+def stage_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector]:
+    """The experts that stage 2 begins with: the run's own, those of ``experts.from``, or new ones."""
+    e = config.experts
+    if e.source == SCRATCH:
+        return {n: init_expert(backbone.config, e.rank, e.alpha, e.sites, config.seed, n) for n in e.names}
+    return load_experts(e.source or config.out, backbone.fingerprint, backbone.config)
 
 
 def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector]) -> Router:
     """Train the router over experts by name; others than the configuration's serve as gamma's reference at most.
 
-    Writes ``router/``, ``metrics.jsonl`` and ``config-router.yaml`` in the run folder.
+    Writes ``router/``, ``metrics.jsonl`` and ``config-router.yaml`` in the run folder, and ``experts/`` where they
+    come from elsewhere or are trained too.
 
     Raises:
         UserError: the rows or the configuration are wrong, or the run folder holds another run; an expert is
@@ -60,6 +98,36 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
         Stopped: a signal asked for it; state was saved.
     """
     check_one_process()
+    mocae, run = config.mocae_config(), RunFolder(config.out)
+    own = _check(config, vectors)
+    start = _start(config, backbone, own, vectors)
+    rows = None if mocae.routing == "uniform" else load_training_rows(config, backbone, together=True)
+    run.open(backbone, config.model)
+    settings = router_settings(config)
+    if config.train.anew and run.changed("router", settings) is not None:
+        run.forget("router")
+        shutil.rmtree(run.path / "checkpoints" / "router", ignore_errors=True)
+    run.begin("router", settings)
+    _own_experts(config, run, own)
+    save_config(config, run.path / "config-router.yaml", "router")
+    facts: dict[str, Any] = {"rows": {name: [0, 0] for name in own}}
+    router = start
+    if rows is not None:
+        router, tuned = _Stage(config, backbone, rows, stack(list(own.values())), start).train(run)
+        if mocae.train_experts:
+            run.save_experts({n: TaskVector(v.sites, own[n].origin) for n, v in zip(own, unstack(tuned), strict=True)})
+        save_router(router, run.path / UNCALIBRATED, backbone.fingerprint)
+        router = calibrated_on(config, backbone, tuned, router, rows.calibration)
+        facts = {"rows": {n: [len(rows.train[n]), len(rows.calibration[n])] for n in own}}
+    save_router(router, run.path / "router", backbone.fingerprint)
+    facts |= {"temperature_trained": mocae.temperature, "temperature": np.asarray(router.temperature).tolist()}
+    facts["gamma"] = dict(zip(own, np.asarray(router.gamma).tolist(), strict=True))
+    run.finish("router", **facts)
+    return router
+
+
+def _check(config: RunConfig, vectors: Mapping[str, TaskVector]) -> dict[str, TaskVector]:
+    """The configuration's experts; raises where it asks for something that they, or its other keys, do not allow."""
     names, mocae = config.experts.names, config.mocae_config()
     missing = [name for name in names if name not in vectors]
     if missing:
@@ -73,28 +141,27 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
         raise UserError("mocae.gamma_dynamic: train.evaluate_every is needed, gamma moves after each evaluation")
     if config.train.evaluate_every is not None and not mocae.gamma_dynamic:
         raise UserError("train.evaluate_every: has no effect on stage 'router' without mocae.gamma_dynamic; remove it")
+    if mocae.train_experts and config.experts.source in (None, config.out):
+        raise UserError(
+            "mocae.train_experts: would replace the experts that this run holds; choose another --out, and name "
+            "their run in experts.from"
+        )
+    if mocae.routing == "uniform" and config.router.source is not None:
+        raise UserError("router.from: has no effect where mocae.routing is uniform; remove it")
+    return own
+
+
+def _start(
+    config: RunConfig, backbone: Backbone, own: Mapping[str, TaskVector], vectors: Mapping[str, TaskVector]
+) -> Router:
+    """The router before its first step, with its gamma."""
+    mocae = config.mocae_config()
     against = gamma_reference(mocae, vectors, backbone.config)
     static = gamma(own, against, mocae.gamma_similarity, mocae.gamma_floor)
-    rows = load_training_rows(config, backbone, together=True)
-    run = RunFolder(config.out)
-    run.open(backbone, config.model)
-    run.begin("router", router_settings(config))
-    _own_experts(config, run, own)
-    save_config(config, run.path / "config-router.yaml", "router")
-    router = init_router(backbone.config, names, static, mocae, config.seed)
-    experts = stack(list(own.values()))
-    router = _Stage(config, backbone, rows, experts, router).train(run)
-    before = float(router.temperature)
-    router = calibrate(config, backbone, experts, router, rows.calibration)
-    save_router(router, run.path / "router", backbone.fingerprint)
-    facts = {
-        "temperature_before": before,
-        "temperature": float(router.temperature),
-        "gamma": dict(zip(names, np.asarray(router.gamma).tolist(), strict=True)),
-        "rows": {n: [len(rows.train[n]), len(rows.calibration[n])] for n in names},
-    }
-    run.finish("router", **facts)
-    return router
+    router = init_router(backbone.config, list(own), static, mocae, config.seed)
+    if config.router.source is None:
+        return router
+    return extended(router, load_router(config.router.source, backbone.fingerprint))
 
 
 def _own_experts(config: RunConfig, run: RunFolder, vectors: Mapping[str, TaskVector]) -> None:
@@ -125,9 +192,9 @@ class _Stage:
         self._update = jax.jit(update, donate_argnums=0)
         self._gamma = self._gammas() if router.config.gamma_dynamic else {}
 
-    def train(self, run: RunFolder) -> Router:
-        """The trained router, from the newest checkpoint on."""
-        trained = jax.tree.map(jnp.copy, trained_router(self.router))
+    def train(self, run: RunFolder) -> tuple[Router, Any]:
+        """The trained router and its stacked experts, from the newest checkpoint on."""
+        trained = jax.tree.map(jnp.copy, trained_router(self.router, self.experts))
         count = len(self.router.names)
         previous = jnp.full((self.backbone.config.num_layers, count), 1.0 / count)
         checkpoints = Checkpoints(run.path / "checkpoints" / "router", self.config.checkpoint)
@@ -138,7 +205,7 @@ class _Stage:
         checkpoints.close()
         if int(state.skipped):
             log.warning("router: %d steps were not finite and changed nothing", int(state.skipped))
-        return dataclasses.replace(self._at(self.total), **state.params)
+        return after_stage_2(state.params, self._at(self.total), self.experts)
 
     def active(self, state: TrainState) -> tuple[str, ...]:
         return self.names
@@ -203,24 +270,12 @@ def _steps_of_epochs(batches: TrainingBatches, epochs: float) -> int:
     return total
 
 
-def calibrate(
-    config: RunConfig, backbone: Backbone, experts: Any, router: Router, rows: dict[str, list[Encoded]]
+def calibrated_on(
+    config: RunConfig, backbone: Backbone, experts: Any, router: Router, rows: Mapping[str, list[Encoded]]
 ) -> Router:
-    """The router with the temperature that fits the objective id on held-out rows (METHOD 4)."""
+    """The router with what ``mocae.calibration`` says fitted to the objective id on held-out rows."""
     flat = [e for part in rows.values() for e in part]
     labels = np.repeat(np.arange(len(rows)), [len(part) for part in rows.values()])
-
-    @jax.jit
-    def router_logits(base: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        _, aux, _ = hidden_states(
-            base, backbone.config, tokens, mask, experts=experts, router=router, dtype=jnp.dtype(config.dtype)
-        )
-        return token_routing(aux, "z")
-
-    z: dict[int, np.ndarray] = {}
-    for index, batch in evaluation_batches(flat, labels.tolist(), config.evaluate.batch_size, pad_id(backbone)):
-        found = np.asarray(router_logits(backbone.params, batch.tokens, batch.mask))
-        for row, i in enumerate(index):
-            z[int(i)] = selected(found[row][batch.mask[row]], router.config.top_k)
-    temperature = calibrated_temperature([z[i] for i in range(len(flat))], labels, float(router.temperature))
-    return dataclasses.replace(router, temperature=jnp.asarray(temperature, jnp.float32))
+    reader = RoutingReader(backbone, experts, config.dtype, config.evaluate.batch_size)
+    targets = objective_targets(flat, labels, len(rows))
+    return calibrate(reader, router, flat, targets, router.config.calibration)

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from trinityx_jax.backbone import Backbone
-from trinityx_jax.config import DataConfig, RunConfig
+from trinityx_jax.config import RunConfig
 from trinityx_jax.data.formats import Example
 from trinityx_jax.data.objectives import load_prompts, read_examples
 from trinityx_jax.data.splits import overlap, split_by_question
 from trinityx_jax.data.templates import Encoded, encode
 from trinityx_jax.errors import UserError
+from trinityx_jax.sections import DataConfig
 
 log = logging.getLogger(__name__)
 USES = ("train", "calibration", "validation")  # of an entry's rows

@@ -10,7 +10,9 @@ import jax
 from trinityx_jax.config import RunConfig
 from trinityx_jax.data import sources
 from trinityx_jax.errors import UserError
+from trinityx_jax.sections import UNSEEN
 
+STAGE_2 = ("experts_learning_rate", "anew")  # keys of ``train`` that stage 1 has no use for
 SAME_RESULT = ("accumulate", "remat", "max_skipped")  # keys of ``train`` that may change while a stage is under way
 
 
@@ -19,7 +21,7 @@ def data_settings(config: RunConfig, parts: Iterable[str]) -> dict[str, Any]:
     values, files = {}, {}
     for part in parts:
         data = config.data[part]
-        values[part] = data.model_dump(mode="json", by_alias=True, exclude={"test_limit"})
+        values[part] = data.model_dump(mode="json", by_alias=True, exclude={"test_limit", *UNSEEN})
         files[part] = [sources.digest(data.source), sources.digest(data.test)]
     return {"data": values, "files": files}
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trinityx_jax.config import TrainConfig
+from trinityx_jax.sections import TrainConfig
 from trinityx_jax.training.optimizer import expert_axes, init_per_expert, learning_rate
 
 Trained = dict[str, Any]

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import optax
 
 from trinityx_jax.backbone import BackboneConfig, Decoder
-from trinityx_jax.config import TrainConfig
 from trinityx_jax.experts.lora import Experts
 from trinityx_jax.mocae import Router, hidden_states, losses, token_routing
 from trinityx_jax.mocae.attention import grouped_attention, split_sites
+from trinityx_jax.mocae.config import LAMBDAS
 from trinityx_jax.mocae.mixture import grouped_feed_forward
 from trinityx_jax.mocae.statistics import routing_statistics
+from trinityx_jax.sections import TrainConfig
 from trinityx_jax.training.loss import sum_by_group, supervised_nll
 from trinityx_jax.training.optimizer import expert_norms
 from trinityx_jax.training.state import Trained, TrainState, update_experts, update_router
@@ -34,14 +35,26 @@ def with_trained(experts: Experts, trained: Trained) -> dict[str, dict[str, jax.
     return {site: {**trained[site], "scale": x["scale"]} for site, x in experts.items()}
 
 
-def trained_router(router: Router) -> Trained:
-    """The leaves of stage 2: kernel and bias; gamma and the output norm by switch."""
-    out: Trained = {"kernel": router.kernel, "bias": router.bias}
-    if router.config.train_gamma:
+def trained_router(router: Router, experts: Experts | None = None) -> Trained:
+    """The leaves of stage 2: kernel and bias; gamma, the output norm and the experts by switch."""
+    mocae = router.config
+    out: Trained = {"kernel": router.kernel}
+    if mocae.router_bias:
+        out["bias"] = router.bias
+    if mocae.train_gamma:
         out["gamma"] = router.gamma
-    if router.config.train_norm:
+    if mocae.train_norm:
         out["norm"] = router.norm
+    if mocae.train_experts and experts is not None:
+        out["experts"] = trained_experts(experts)
     return out
+
+
+def after_stage_2(trained: Trained, router: Router, experts: Experts) -> tuple[Router, Experts]:
+    """Router and experts with the trained leaves in their places."""
+    own = {key: value for key, value in trained.items() if key != "experts"}
+    tuned = with_trained(experts, trained["experts"]) if "experts" in trained else experts
+    return dataclasses.replace(router, **own), tuned
 
 
 def expert_sums(
@@ -190,12 +203,12 @@ def router_loss(
     dropout: jax.Array | None = None,
     remat: str = "none",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """L = L_task + lambda_entropy L_entropy + lambda_kl L_KL + lambda_gate L_gate (paper 3.2, METHOD 2).
+    """L = L_task and, each by its lambda, L_entropy, L_KL, L_gate (paper 3.2, METHOD 2), L_balance, L_norm.
 
     Returns:
         the loss; its parts, ``gate_accuracy``, means of ``routing_statistics``, and the batch's mean routing [L,E].
     """
-    router = dataclasses.replace(router, **trained)
+    router, experts = after_stage_2(trained, router, experts)
     mocae = router.config
     hidden, aux, _ = hidden_states(
         base, config, batch["tokens"], batch["mask"], experts=experts, router=router, dtype=dtype,
@@ -210,9 +223,14 @@ def router_loss(
         "loss_kl": losses.kl_loss(pi, mask, previous, mocae.kl),
         "loss_gate": losses.gate_loss(pi, mask, batch["objective"]),
     }
+    if mocae.lambda_balance:
+        z = token_routing(aux, "z")
+        parts["loss_balance"] = losses.balance_loss(z, router.temperature, mask, mocae.top_k)
+    if mocae.lambda_norm:
+        parts["loss_norm"] = losses.norm_loss(base["blocks"], experts)
     total = parts["loss_task"]
-    for name, weight in (("entropy", mocae.lambda_entropy), ("kl", mocae.lambda_kl), ("gate", mocae.lambda_gate)):
-        if weight:
+    for name in LAMBDAS:
+        if weight := getattr(mocae, f"lambda_{name}"):
             total = total + weight * parts[f"loss_{name}"]
     hit, real = losses.gate_hits(pi, mask, batch["objective"])
     parts["gate_accuracy"] = jnp.sum(hit) / jnp.maximum(jnp.sum(real), 1)

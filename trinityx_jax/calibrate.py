@@ -1,0 +1,210 @@
+"""``trinityx calibrate``: the router fitted to held-out rows, and what that changed on others (METHOD 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from trinityx_jax.config import RunConfig, load_config
+from trinityx_jax.data.objectives import load_prompts
+from trinityx_jax.data.templates import Encoded, encode_prompts
+from trinityx_jax.errors import UserError
+from trinityx_jax.evaluation import figures, metrics
+from trinityx_jax.evaluation.expert_losses import ExpertLosses, expert_losses
+from trinityx_jax.evaluation.heldout import load_held_out
+from trinityx_jax.evaluation.suite import check_overrides
+from trinityx_jax.experts import stack
+from trinityx_jax.files import write_json, write_text
+from trinityx_jax.mocae import Router
+from trinityx_jax.mocae.calibration import pooled, probabilities, row_means
+from trinityx_jax.runs import UNCALIBRATED, OpenRun, load_uncalibrated, need_router, open_run, save_router
+from trinityx_jax.training.calibration import RoutingReader, Target, calibrate, objective_targets
+from trinityx_jax.training.rows import load_training_rows
+
+TARGETS = ("objective", "row", "token")
+SHOWN = {
+    "accuracy": "accuracy",
+    "ece15": "ECE 15",
+    "ece10": "ECE 10",
+    "classwise_ece": "class ECE",
+    "brier": "Brier",
+    "nll": "NLL",
+}
+TOKENS, MEAN, POOLED = "token", "row mean", "row"  # readings of a row's routing
+ROWS, PROMPTS, UNSEEN = "held-out rows", "held-out prompts", "unseen prompts"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows with the expert that each is measured against [n]."""
+
+    rows: list[Encoded]
+    labels: np.ndarray
+
+
+def calibrate_run(
+    path: str | Path, kind: str | None = None, to: str = "objective", overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Fit a run's router on its calibration rows, measure it before and after, and save it.
+
+    It always begins with the router as training left it, so a second call replaces the first. Writes ``router/``,
+    ``calibration/results.json`` and the reliability diagrams.
+
+    Args:
+        kind: what is fitted (see ``training.calibration.calibrate``); None is the router's ``mocae.calibration``.
+        to: the objective's id, or the experts' losses by ``row`` or ``token``.
+        overrides: ``--key.sub``, value, ... of test rows, unseen rows and of ``evaluate``.
+
+    Returns:
+        what ``calibration/results.json`` holds: ``routing`` by rows, label, reading and state.
+
+    Raises:
+        UserError: the run has no router or names no test rows; a switch has no such value.
+    """
+    if to not in TARGETS:
+        raise UserError(f"--to: {to!r} is not one of {', '.join(TARGETS)}")
+    check_overrides(overrides, None, calibration=True)
+    run = open_run(path)
+    router = need_router(run)
+    start = load_uncalibrated(run.folder, router) or router
+    kind = kind or start.config.calibration
+    if kind == "none":
+        raise UserError("--fit: mocae.calibration is none; say what to fit: temperature, expert or layer")
+    config = load_config(run.folder.path / "config-router.yaml", overrides)
+    held = load_held_out(config, router.names, run.backbone)
+    sets = {ROWS: Rows(held.chosen, held.objective), UNSEEN: _unseen(config, run, router.names)}
+    experts = stack([run.vectors[name] for name in router.names])
+    settings = (run.backbone, experts, config.dtype, config.evaluate.batch_size)
+    fitted_on = _calibration_rows(config, run, router.names)
+    own = expert_losses(*settings, fitted_on.rows, len(router.names), tempered=True)
+    temperatures = own.temperatures(fitted_on.labels)
+    reader = RoutingReader(*settings)
+    after = calibrate(reader, start, fitted_on.rows, _targets(to, own, temperatures, fitted_on), kind)
+    states = {"before": dataclasses.replace(start, pool={}), "after": after}
+    best = expert_losses(*settings, held.chosen, len(router.names)).means().argmin(axis=1)
+    results = {
+        "fit": kind,
+        "to": to,
+        "experts": list(router.names),
+        "expert_temperatures": dict(zip(router.names, temperatures.tolist(), strict=True)),
+        "temperature": {name: np.asarray(state.temperature).tolist() for name, state in states.items()},
+        "pool": {key: np.asarray(x).tolist() for key, x in after.pool.items()},
+        "rows": {
+            what: np.bincount(own.labels, minlength=len(router.names)).tolist()
+            for what, own in {"calibration": fitted_on, **sets, PROMPTS: sets[ROWS]}.items()
+        },
+        "routing": _measure(config, reader, states, sets, best),
+    }
+    _save(run, start, after, results)
+    return results
+
+
+def _targets(to: str, losses: ExpertLosses, temperatures: np.ndarray, own: Rows) -> list[Target]:
+    if to == "objective":
+        return objective_targets(own.rows, own.labels, len(temperatures))
+    return losses.targets(temperatures, to == "token", own.rows, own.labels)
+
+
+def _calibration_rows(config: RunConfig, run: OpenRun, names: Sequence[str]) -> Rows:
+    found = load_training_rows(config, run.backbone, together=True).calibration
+    labels = np.repeat(np.arange(len(names)), [len(found[name]) for name in names])
+    return Rows([row for name in names for row in found[name]], labels)
+
+
+def _unseen(config: RunConfig, run: OpenRun, names: Sequence[str]) -> Rows:
+    """The prompts of ``data.NAME.unseen``, in the objective's template."""
+    rows: list[Encoded] = []
+    labels: list[int] = []
+    for index, name in enumerate(names):
+        for data in config.parts(name).values():
+            if data.unseen is None:
+                continue
+            kind, split = data.unseen_kind, data.unseen_split
+            examples = load_prompts(data.unseen, kind, split, data.unseen_limit, data.skip_bad, data.unseen_map)
+            for ids in encode_prompts(data.template, examples, run.backbone.tokenizer):
+                rows.append(Encoded(np.asarray(ids[: config.train.seq_len], np.int32), len(ids), data.unseen))
+                labels.append(index)
+    return Rows(rows, np.asarray(labels, int))
+
+
+def _measure(
+    config: RunConfig, reader: RoutingReader, routers: dict[str, Router], sets: dict[str, Rows], best: np.ndarray
+) -> dict[str, Any]:
+    """Metrics by rows, label (the objective's id; of rows with answers also the best expert), reading and state."""
+    out: dict[str, Any] = {}
+    for what, own in sets.items():
+        for state, router in routers.items() if own.rows else ():
+            z = reader.logits(router, own.rows)
+            starts = [x[: row.prompt_length] for x, row in zip(z, own.rows, strict=True)]
+            parts = {PROMPTS: (starts, "prompt"), ROWS: (z, "row")} if what == ROWS else {what: (starts, "prompt")}
+            for name, (logits, pool) in parts.items():
+                labels = {"objective": own.labels} | ({"best expert": best} if name == ROWS else {})
+                for label, index in labels.items():
+                    found = out.setdefault(name, {}).setdefault(label, {})
+                    for reading, report in _readings(logits, router, pool, index, config.evaluate.bootstrap).items():
+                        found.setdefault(reading, {})[state] = report
+    return out
+
+
+def _readings(
+    z: list[np.ndarray], router: Router, pool: str, labels: np.ndarray, resamples: int
+) -> dict[str, dict[str, Any]]:
+    """Metrics of each token's pi, of rows' mean pi, and of that as probabilities where the router has a pool."""
+    pi = [probabilities(x, np.asarray(router.temperature), router.config.top_k) for x in z]
+    rows = {MEAN: row_means(pi)}
+    if router.pool:
+        bias = np.asarray(router.pool[f"{pool}_bias"], np.float64)
+        rows[POOLED] = pooled(rows[MEAN], float(router.pool[f"{pool}_sharpness"]), bias)
+    out = {TOKENS: metrics.token_report(pi, labels, resamples=resamples)}
+    return out | {r: metrics.routing_report(p, labels, router.names, resamples=resamples) for r, p in rows.items()}
+
+
+def _save(run: OpenRun, start: Router, after: Router, results: dict[str, Any]) -> None:
+    folder, base = run.folder, run.backbone.fingerprint
+    if not (folder.path / UNCALIBRATED).exists():
+        save_router(start, folder.path / UNCALIBRATED, base)
+    save_router(after, folder.path / "router", base)
+    done = folder.done("router") or {}
+    folder.finish("router", **done | {"temperature": results["temperature"]["after"]})
+    out = folder.path / "calibration"
+    write_json(out / "results.json", results)
+    own = results["routing"][ROWS]["objective"]
+    for reading, (first, second) in {TOKENS: (TOKENS, TOKENS), MEAN: (MEAN, POOLED)}.items():
+        bins = (own[first]["before"]["reliability"], own[second]["after"]["reliability"])
+        labels = (f"{first}, before calibration", f"{second}, after")
+        drawn = figures.standalone(figures.reliability(*bins, labels))
+        write_text(out / f"reliability-{reading.partition(' ')[0]}.svg", drawn)
+
+
+def calibration_tables(results: Mapping[str, Any]) -> Group:
+    """What a terminal shows: every metric with its 95 % interval, a table for each kind of rows and each label."""
+    tables = []
+    for what, by_label in results["routing"].items():
+        for label, by_reading in by_label.items():
+            title = f"{what}, n = {sum(results['rows'][what]):,}, against the {label}"
+            uniform = len(results["experts"])
+            title += f" (a uniform router: Brier {1 - 1 / uniform:.3f}, NLL {math.log(uniform):.3f})"
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", padding=(0, 1, 0, 0))
+            columns = [(r, state, report) for r, by_state in by_reading.items() for state, report in by_state.items()]
+            table.add_column("", no_wrap=True)
+            for reading, state, _ in columns:
+                table.add_column(f"{reading},\n{state}", justify="right", no_wrap=True)
+            for name, heading in SHOWN.items():
+                table.add_row(heading, *(_cell(report.get(name)) for *_, report in columns))
+            tables.append(table)
+    return Group(*tables)
+
+
+def _cell(estimate: Mapping[str, Any] | None) -> str:
+    if estimate is None:
+        return ""
+    low, high = estimate["interval"]
+    return f"{estimate['value']:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,0 +1,268 @@
+"""Several configurations side by side: train what has to be trained, measure each, one table (METHOD 7)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.config import NAME, RunConfig, load_config
+from trinityx_jax.convert.load import load_backbone
+from trinityx_jax.errors import UserError
+from trinityx_jax.evaluation.comparison import Columns, comparison, markdown
+from trinityx_jax.evaluation.heldout import HeldOut, load_held_out
+from trinityx_jax.evaluation.multiple_choice import encode_choices, load_questions, measures
+from trinityx_jax.evaluation.systems import System, build, cost
+from trinityx_jax.experts import TaskVector
+from trinityx_jax.files import write_json, write_text
+from trinityx_jax.mocae import Router
+from trinityx_jax.mocae.calibration import pooled
+from trinityx_jax.progress import progress
+from trinityx_jax.runs import RunFolder, load_experts, load_router
+from trinityx_jax.training.router_stage import router_done, stage_experts, train_router
+
+SEED = "{seed}"  # in experts.from, system.expert and router.from: the variant's seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A configuration under a name, once for every seed."""
+
+    label: str
+    configs: list[RunConfig]
+
+
+def file_variants(
+    path: str, files: Sequence[str], overrides: Sequence[str], out: str, seeds: Sequence[int] | None
+) -> list[Variant]:
+    """The configuration with each file's keys in place of its own; a file's stem is the variant's name.
+
+    Raises:
+        UserError: a file cannot be read, two have one name, or a configuration is wrong.
+    """
+    labels = [Path(file).stem for file in files]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise UserError(f"two variants are named {twice[0]!r}; rename a file")
+    return [
+        Variant(label, _seeded(path, overrides, Path(out) / label, seeds, file))
+        for label, file in zip(labels, files, strict=True)
+    ]
+
+
+def grid_variants(
+    path: str, over: Mapping[str, Sequence[str]], overrides: Sequence[str], out: str, seeds: Sequence[int] | None
+) -> list[Variant]:
+    """Every combination of the values that ``over`` gives keys.
+
+    Raises:
+        UserError: a key is overridden as well, or a configuration is wrong.
+    """
+    for key in over:
+        if f"--{key}" in overrides:
+            raise UserError(f"--{key}: is swept over as well")
+    found = []
+    for values in itertools.product(*over.values()):
+        flags = [part for key, value in zip(over, values, strict=True) for part in (f"--{key}", value)]
+        short = [f"{key.rpartition('.')[2]}={value}" for key, value in zip(over, values, strict=True)]
+        label = " ".join(short)
+        folder = Path(out) / re.sub(r"[^A-Za-z0-9._=-]+", "_", "+".join(short))
+        found.append(Variant(label, _seeded(path, [*overrides, *flags], folder, seeds, None)))
+    return found
+
+
+def _seeded(
+    path: str, overrides: Sequence[str], folder: Path, seeds: Sequence[int] | None, variant: str | None
+) -> list[RunConfig]:
+    """One configuration for each seed, with a folder of its own."""
+    if not NAME.fullmatch(folder.name.replace("=", "-")):
+        raise UserError(f"{folder.name!r} cannot be a variant's name (letters, digits, '.', '_', '-')")
+    for flag in ("--out", *(["--seed"] if seeds else [])):
+        if flag in overrides:
+            raise UserError(f"{flag}: is given by the comparison itself")
+    found = []
+    for seed in seeds or (None,):
+        own = ["--out", str(folder / f"seed-{seed}"), "--seed", str(seed)] if seeds else ["--out", str(folder)]
+        config = load_config(path, [*overrides, *own], "compare", variant)
+        found.append(config if seed is None else _named_by_seed(config, seed))
+    return found
+
+
+def _named_by_seed(config: RunConfig, seed: int) -> RunConfig:
+    def filled(section: Any, key: str) -> Any:
+        value = getattr(section, key)
+        return section.model_copy(update={key: value.replace(SEED, str(seed))}) if isinstance(value, str) else section
+
+    parts = {"experts": "source", "router": "source", "system": "expert"}
+    return config.model_copy(update={name: filled(getattr(config, name), key) for name, key in parts.items()})
+
+
+class Comparison:
+    """Trains and measures variants, each in its own folder; what is done is not done again."""
+
+    def __init__(self, variants: Sequence[Variant], out: str | Path):
+        self.variants, self.out = variants, Path(out)
+        self._backbones: dict[tuple[str, str], Backbone] = {}
+        self._held: dict[str, HeldOut] = {}
+        self._base: dict[str, System] = {}
+
+    def run(self, against: str | None = None) -> dict[str, Any]:
+        """Every variant's numbers, which are also written as ``comparison.json`` and ``comparison.md``.
+
+        Args:
+            against: the variant that others' log perplexity is compared with; the first by default.
+
+        Raises:
+            UserError: a configuration, its rows or its experts are wrong; there is no variant of that name.
+            Stopped: a signal asked for it; what is trained and measured stays.
+        """
+        labels = [variant.label for variant in self.variants]
+        if against is not None and against not in labels:
+            raise UserError(f"--against: {against!r} is not one of {', '.join(labels)}")
+        for config in (config for variant in self.variants for config in variant.configs):
+            self._check(config)
+        columns: dict[str, list[Columns]] = {label: [] for label in labels}
+        for variant in self.variants:
+            for config in variant.configs:
+                columns[variant.label].append(self._measured(variant.label, config))
+        names = self.variants[0].configs[0].experts.names
+        results = comparison(columns, names, against or labels[0], self.variants[0].configs[0].evaluate.bootstrap)
+        write_json(self.out / "comparison.json", results)
+        write_text(self.out / "comparison.md", markdown(results))
+        return results
+
+    def _check(self, config: RunConfig) -> None:
+        """What would otherwise raise after hours."""
+        first = self.variants[0].configs[0]
+        for what, own, other in (
+            ("model", config.model, first.model),
+            ("experts.names", config.experts.names, first.experts.names),
+            ("data (its test rows)", _test_keys(config), _test_keys(first)),
+            ("evaluate", config.evaluate, first.evaluate),
+        ):
+            if own != other:
+                raise UserError(f"{config.out}: {what} differs from {first.out}'s; they would not be comparable")
+        if config.system.kind == "mocae" and RunFolder(config.out).info_path.exists():
+            router_done(config)
+
+    def _measured(self, label: str, config: RunConfig) -> Columns:
+        backbone = self._backbone(config)
+        router, vectors = self._model(label, config, backbone)
+        held = self._rows(config, backbone)
+        key = _key(config, backbone, vectors, router, held)
+        store = Path(config.out) / "comparison.npz"
+        kept = Columns.load(store, key)
+        if kept is not None:
+            return kept
+        found = self._measure(label, config, build(config, backbone, vectors, router), held)
+        store.parent.mkdir(parents=True, exist_ok=True)
+        found.save(store, key)
+        return found
+
+    def _model(
+        self, label: str, config: RunConfig, backbone: Backbone
+    ) -> tuple[Router | None, Mapping[str, TaskVector]]:
+        """The router, trained where it has to be, and its experts; or the experts that another system is made of."""
+        if config.system.kind == "base":
+            return None, {}
+        if config.system.kind != "mocae":
+            return None, load_experts(config.experts.source or config.out, backbone.fingerprint, backbone.config)
+        if not router_done(config):
+            print(f"{label}: training {config.out}", flush=True)
+            train_router(config, backbone, stage_experts(config, backbone))
+        return load_router(config.out, backbone.fingerprint), load_experts(config.out, backbone.fingerprint)
+
+    def _measure(self, label: str, config: RunConfig, system: System, held: HeldOut) -> Columns:
+        rows, objective = [*held.chosen, *held.rejected], np.tile(held.objective, 2)
+        questions = _questions(config)
+        choices = encode_choices(questions, system.scorer.backbone.tokenizer, config.evaluate.multiple_choice_prompt)
+        with progress(label, system.scorer.batches(rows) + system.scorer.batches(choices)) as bar:
+            scores = system.score(rows, objective, on_batch=lambda: bar.advance("rows"))
+            found = {"nll": scores.nll, "tokens": scores.tokens, "objective": held.objective}
+            if system.router is not None:
+                means = np.stack([pi.mean(axis=0) for pi in scores.token_pi[: len(held.chosen)]])
+                found["row_pi"] = means
+                if pool := system.router.pool:
+                    bias = np.asarray(pool["row_bias"], np.float64)
+                    found["pooled_pi"] = pooled(means, float(pool["row_sharpness"]), bias)
+            if questions:
+                nll = system.score_choices(choices, _truthful(config), on_batch=lambda: bar.advance("choices"))
+                found["mc1"], found["mc2"] = measures(questions, nll)
+        spent = cost(system, self._base_system(config), held.chosen)
+        return Columns(found, spent | _training(config))
+
+    def _backbone(self, config: RunConfig) -> Backbone:
+        key = (config.model, config.dtype)
+        if key not in self._backbones:
+            self._backbones[key] = load_backbone(*key)
+        return self._backbones[key]
+
+    def _rows(self, config: RunConfig, backbone: Backbone) -> HeldOut:
+        key = json.dumps([_test_keys(config), config.train.seq_len])
+        if key not in self._held:
+            self._held[key] = load_held_out(config, config.experts.names, backbone)
+        return self._held[key]
+
+    def _base_system(self, config: RunConfig) -> System:
+        if config.dtype not in self._base:
+            plain = config.model_copy(update={"system": config.system.model_copy(update=_BASE)})
+            self._base[config.dtype] = build(plain, self._backbone(config), {}, None)
+        return self._base[config.dtype]
+
+
+_BASE = {"kind": "base", "expert": None}
+
+
+def _test_keys(config: RunConfig) -> dict[str, Any]:
+    """What of ``data`` decides the test rows."""
+    kept = ("test", "test_format", "test_fields", "test_split", "test_limit", "format", "template")
+    return {name: json.loads(data.model_dump_json(include=set(kept))) for name, data in config.data.items()}
+
+
+def _questions(config: RunConfig) -> list[Any]:
+    e = config.evaluate
+    if e.multiple_choice is None:
+        return []
+    return load_questions(e.multiple_choice, e.multiple_choice_split, e.multiple_choice_limit)
+
+
+def _truthful(config: RunConfig) -> int:
+    """The objective that TruthfulQA's questions are of."""
+    for index, name in enumerate(config.experts.names):
+        if any(data.test_kind == "truthfulqa" for data in config.parts(name).values()):
+            return index
+    if config.system.kind == "oracle":
+        raise UserError("evaluate.multiple_choice: no objective's test rows are TruthfulQA's; the oracle has no expert")
+    return 0
+
+
+def _training(config: RunConfig) -> dict[str, float]:
+    """Seconds of stage 2's steps and its trained parameters; nothing of a system without."""
+    lines = [line for line in RunFolder(config.out).metrics() if line.get("stage") == "router"]
+    if config.system.kind != "mocae" or not lines:
+        return {}
+    return {"train_seconds": sum(line["tokens"] / line["tokens_per_second"] for line in lines), "steps": len(lines)}
+
+
+def _key(
+    config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector], router: Router | None, held: HeldOut
+) -> str:
+    """A digest of everything that the numbers depend on."""
+    switches = None if router is None else dataclasses.asdict(router.config)
+    asked = config.evaluate.model_dump(exclude={"bootstrap", "prompts", "max_new_tokens"})
+    facts = [backbone.fingerprint, config.dtype, config.system.model_dump(), list(vectors), switches, asked]
+    digest = zlib.crc32(json.dumps(facts).encode())
+    for leaf in jax.tree.leaves([[v.sites for v in vectors.values()], router]):
+        digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
+    for row in [*held.chosen, *held.rejected]:
+        digest = zlib.crc32(row.ids.tobytes() + bytes(str(row.prompt_length), "ascii"), digest)
+    return f"{digest:08x}"

@@ -1,0 +1,215 @@
+"""Systems side by side: from the columns of each, and of each seed, to one table with intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from trinityx_jax.evaluation import metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """What was measured of one system: values by row, and what it costs.
+
+    ``values``: nll and tokens [2n] (answers to prefer, then those to reject), objective [n]; of a routed system
+    row_pi and pooled_pi [n,E]; mc1 and mc2 [questions].
+    """
+
+    values: dict[str, np.ndarray]
+    cost: dict[str, float]
+
+    def save(self, path: Path, key: str) -> None:
+        """Write it under the digest of what it was made of."""
+        staging = path.with_suffix(".partial.npz")
+        np.savez(staging, key=key, cost=json.dumps(self.cost), **self.values)  # type: ignore[arg-type]
+        staging.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, key: str) -> Columns | None:
+        """What was saved under this digest; None where nothing was."""
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as data:
+            if str(data["key"]) != key:
+                return None
+            values = {name: data[name] for name in data.files if name not in ("key", "cost")}
+            return cls(values, json.loads(str(data["cost"])))
+
+
+def comparison(
+    columns: Mapping[str, Sequence[Columns]], names: Sequence[str], against: str, resamples: int
+) -> dict[str, Any]:
+    """Every system's estimates, averaged over its seeds, and paired differences; JSON-ready.
+
+    Intervals resample rows, each with all its seeds; ``seeds`` holds what each seed alone gives.
+    """
+    out: dict[str, Any] = {"objectives": list(names), "against": against, "systems": {}, "difference": {}}
+    for label, seeds in columns.items():
+        out["systems"][label] = {
+            **_quality(seeds, names, resamples),
+            "cost": {key: float(np.mean([own.cost[key] for own in seeds])) for key in seeds[0].cost},
+            "seeds": [_quality([own], names, None) for own in seeds] if len(seeds) > 1 else [],
+        }
+    for label, seeds in columns.items():
+        out["difference"][label] = {
+            other: _difference(seeds, others, names, resamples) for other, others in columns.items() if other != label
+        }
+    return out
+
+
+def _quality(seeds: Sequence[Columns], names: Sequence[str], resamples: int | None) -> dict[str, Any]:
+    """Perplexity and preference by objective, MC1, MC2 and routing; without ``resamples``, values alone."""
+
+    def done(statistic: Callable[..., np.ndarray], *own: np.ndarray) -> Any:
+        if resamples is None:
+            return float(statistic(*(x[None] for x in own))[0])
+        return metrics.bootstrap(statistic, *own, resamples=resamples).as_dict()
+
+    nll, tokens = _mean(seeds, "nll"), seeds[0].values["tokens"]
+    wins = np.mean([_wins(own) for own in seeds], axis=0)
+    objective = seeds[0].values["objective"]
+    out: dict[str, Any] = {"perplexity": {}, "preference": {}}
+    for index, name in enumerate(names):
+        rows = np.flatnonzero(objective == index)
+        out["perplexity"][name] = done(_perplexity, nll[rows], tokens[rows].astype(float))
+        out["preference"][name] = done(_average, wins[rows])
+    for key in ("mc1", "mc2"):
+        if key in seeds[0].values:
+            out[key] = done(_average, _mean(seeds, key))
+    if "row_pi" in seeds[0].values:
+        out["routing"] = {"row mean": _routing([own.values["row_pi"] for own in seeds], objective, done)}
+        if "pooled_pi" in seeds[0].values:
+            out["routing"]["row"] = _routing([own.values["pooled_pi"] for own in seeds], objective, done)
+    return out
+
+
+def _routing(probabilities: Sequence[np.ndarray], labels: np.ndarray, done: Callable[..., Any]) -> dict[str, Any]:
+    """Accuracy, ECE and Brier of several seeds' [n,E], each seed's own and then their mean."""
+    hits = np.stack([p.argmax(axis=1) == labels for p in probabilities], axis=1).astype(float)  # [n,seeds]
+    confidence = np.stack([p.max(axis=1) for p in probabilities], axis=1)
+    one_hot = np.eye(probabilities[0].shape[1])[labels]
+    squared = np.mean([np.square(p - one_hot).sum(axis=1) for p in probabilities], axis=0)
+
+    def gap(c: np.ndarray, h: np.ndarray) -> np.ndarray:
+        return np.mean([metrics.calibration_gap(c[..., s], h[..., s], 15) for s in range(c.shape[-1])], axis=0)
+
+    return {
+        "accuracy": done(_average, hits.mean(axis=1)),
+        "ece15": done(gap, confidence, hits),
+        "brier": done(_average, squared),
+    }
+
+
+def _difference(
+    seeds: Sequence[Columns], others: Sequence[Columns], names: Sequence[str], resamples: int
+) -> dict[str, Any]:
+    """Log perplexity less another system's on the same rows, paired, by objective."""
+    mine, theirs, tokens = _mean(seeds, "nll"), _mean(others, "nll"), seeds[0].values["tokens"]
+    out = {}
+    for index, name in enumerate(names):
+        rows = np.flatnonzero(seeds[0].values["objective"] == index)
+        found = metrics.log_perplexity_difference(mine[rows], theirs[rows], tokens[rows], resamples=resamples)
+        out[name] = found.as_dict()
+    return out
+
+
+def _mean(seeds: Sequence[Columns], key: str) -> np.ndarray:
+    return np.mean([own.values[key] for own in seeds], axis=0)
+
+
+def _wins(own: Columns) -> np.ndarray:
+    nll = own.values["nll"]
+    return nll[: len(nll) // 2] < nll[len(nll) // 2 :]
+
+
+def _average(x: np.ndarray) -> np.ndarray:
+    return x.mean(axis=1)
+
+
+def _perplexity(nll: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    return np.exp(nll.sum(axis=1) / tokens.sum(axis=1))
+
+
+Grid = tuple[list[str], list[list[str]]]
+
+
+def grids(results: Mapping[str, Any]) -> dict[str, Grid]:
+    """The tables as text: (headings, rows) by title."""
+    names, systems = results["objectives"], results["systems"]
+    best = {n: min(own["perplexity"][n]["value"] for own in systems.values()) for n in names}
+    choices = [key for key in ("mc1", "mc2") if any(key in own for own in systems.values())]
+    quality = []
+    for label, own in systems.items():
+        cells = [_cell(own["perplexity"][n], best=own["perplexity"][n]["value"] == best[n]) for n in names]
+        quality.append([label, *cells, *(_cell(own.get(key), True) for key in choices)])
+    preference = [[label, *(_cell(own["preference"][n], True) for n in names)] for label, own in systems.items()]
+    routed = {label: own for label, own in systems.items() if "routing" in own}
+    routing = [
+        [label, reading, _cell(found["accuracy"], True), _cell(found["ece15"]), _cell(found["brier"])]
+        for label, own in routed.items()
+        for reading, found in own["routing"].items()
+    ]
+    costs = [[label, *_cost(own["cost"])] for label, own in systems.items()]
+    against = results["against"]
+    differences = [
+        [label, *(_cell(by[against][n], signed=True) for n in names)]
+        for label, by in results["difference"].items()
+        if against in by
+    ]
+    return {
+        "Perplexity of held-out answers ↓, TruthfulQA % ↑": (["system", *names, *map(str.upper, choices)], quality),
+        f"Log perplexity less that of {against}, paired ↓": (["system", *names], differences),
+        "Prefers the better answer, % ↑": (["system", *names], preference),
+        "Routing": (["system", "reading", "accuracy, % ↑", "ECE ↓", "Brier ↓"], routing),
+        "Cost": (["system", "forward, × base", "memory, × base", "memory", "training", "steps"], costs),
+    }
+
+
+def _cell(estimate: Any, percent: bool = False, signed: bool = False, best: bool = False) -> str:
+    if estimate is None:
+        return "–"
+    factor, form = (100, ".1f") if percent else (1, "+.3f" if signed else ".3f")
+    value, low, high = (f"{factor * x:{form}}" for x in (estimate["value"], *estimate["interval"]))
+    return f"{f'**{value}**' if best else value} [{low}, {high}]"
+
+
+def _cost(cost: Mapping[str, float]) -> list[str]:
+    train = cost.get("train_seconds")
+    return [
+        f"{cost['forward']:.2f}", f"{cost['memory']:.2f}", f"{cost['bytes'] / 2**20:,.0f} MiB",
+        "–" if train is None else f"{train:,.0f} s", f"{cost['steps']:.0f}" if "steps" in cost else "–",
+    ]  # fmt: skip
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The tables for a document."""
+    parts = []
+    for title, (headings, rows) in grids(results).items():
+        if rows:
+            lines = [headings, ["---"] * len(headings), *rows]
+            parts.append(f"### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def tables(results: Mapping[str, Any]) -> Group:
+    """The tables for a terminal."""
+    out = []
+    for title, (headings, rows) in grids(results).items():
+        if not rows:
+            continue
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+        for place, heading in enumerate(headings):
+            table.add_column(heading, justify="left" if place == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(cell.replace("**", "") for cell in row))
+        out.append(table)
+    return Group(*out)

@@ -1,0 +1,103 @@
+"""What every expert alone makes of rows, token by token, and how the router's targets follow (METHOD 4 a, b)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trinityx_jax.backbone import Backbone, unembed
+from trinityx_jax.backbone.products import activations, packed
+from trinityx_jax.data.batching import evaluation_batches
+from trinityx_jax.data.templates import Encoded
+from trinityx_jax.mocae import hidden_states
+from trinityx_jax.mocae.calibration import softmax
+from trinityx_jax.training.calibration import Target, balanced
+from trinityx_jax.training.loss import CHUNK
+
+TEMPERATURES = np.geomspace(0.5, 2.0, 13)  # of an expert's logits; the least loss between them is interpolated
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertLosses:
+    """Of each row, every expert's NLL of the answer's tokens [E,T], and the positions they follow [T]; where it was
+    asked for, the sum of its NLL at each of ``TEMPERATURES`` as ``tempered`` [N,E,G]."""
+
+    nll: list[np.ndarray]
+    positions: list[np.ndarray]
+    tempered: np.ndarray | None
+
+    def means(self) -> np.ndarray:
+        """Mean NLL of a row's tokens [N,E]."""
+        return np.stack([own.mean(axis=1) for own in self.nll])
+
+    def temperatures(self, labels: np.ndarray) -> np.ndarray:
+        """The temperature of each expert's logits of least NLL on its own rows [E] (METHOD 4 a)."""
+        assert self.tempered is not None
+        return np.stack([_least(self.tempered[labels == e, e].sum(axis=0)) for e in range(self.tempered.shape[1])])
+
+    def targets(self, temperatures: np.ndarray, per_token: bool, rows: Sequence[Encoded], labels: np.ndarray) -> list:
+        """q_i ~ exp(-NLL_i / T_i) (METHOD 4 b): of a row's mean NLL, at all its tokens, or at each answer token."""
+        out = []
+        for own, where, row, share in zip(self.nll, self.positions, rows, balanced(labels), strict=True):
+            if not per_token:
+                q = softmax(-own.mean(axis=1) / temperatures)[None]
+                out.append(Target(q, np.ones(len(row.ids), bool), share))
+                continue
+            q, counts = np.zeros((len(row.ids), len(temperatures))), np.zeros(len(row.ids), bool)
+            q[where], counts[where] = softmax(-own.T / temperatures), True
+            out.append(Target(q, counts, share))
+        return out
+
+
+def _least(sums: np.ndarray) -> float:
+    """Where sums over the grid are least, by a parabola in log T through the three points there."""
+    x, at = np.log(TEMPERATURES), int(np.argmin(sums))
+    if at in (0, len(x) - 1):
+        return float(TEMPERATURES[at])
+    left, middle, right = sums[at - 1 : at + 2]
+    step = 0.5 * (left - right) / (left - 2 * middle + right)
+    return float(np.exp(x[at] + step * (x[1] - x[0])))
+
+
+def expert_losses(
+    backbone: Backbone, experts: Any, dtype: str, batch_size: int, rows: Sequence[Encoded], count: int,
+    tempered: bool = False, on_batch: Callable[[], None] = lambda: None,
+) -> ExpertLosses:  # fmt: skip
+    """Run ``count`` experts of the stacked tree, each alone, over rows with answers."""
+    grid = [1.0, *(TEMPERATURES if tempered else ())]
+    config, kind, base = backbone.config, activations(dtype), packed(backbone.params)
+
+    @jax.jit
+    def run(base: Any, experts: Any, weights: jax.Array, batch: Any) -> jax.Array:  # [N,1+G]
+        hidden, _, _ = hidden_states(
+            base, config, batch["tokens"], batch["mask"], experts=experts, weights=weights, dtype=kind
+        )
+        picked = hidden.reshape(-1, hidden.shape[-1])[batch["where"]]
+
+        def losses(position: tuple[jax.Array, jax.Array]) -> jax.Array:
+            h, label = position
+            scaled = unembed(base, config, h[None])[0][None] / jnp.asarray(grid)[:, None]
+            return jax.nn.logsumexp(scaled, axis=-1) - scaled[:, label]
+
+        return jax.lax.map(losses, (picked, batch["labels"]), batch_size=CHUNK)
+
+    nll: list[Any] = [None] * len(rows)
+    positions: list[Any] = [None] * len(rows)
+    sums = np.zeros((len(rows), count, len(grid) - 1))
+    eye = jnp.eye(count)
+    for index, batch in evaluation_batches(rows, [0] * len(rows), batch_size, 0):
+        used = -(-int(batch.valid.sum()) // CHUNK) * CHUNK  # valid positions come first
+        arrays = batch.arrays() | {key: getattr(batch, key)[:used] for key in ("where", "labels", "valid")}
+        found = np.stack([np.asarray(run(base, experts, eye[e], arrays)) for e in range(count)])  # [E,N,1+G]
+        own, place = np.divmod(arrays["where"], batch.tokens.shape[1])
+        for row, i in enumerate(index):
+            held = arrays["valid"] & (own == row)
+            nll[i], positions[i] = found[:, held, 0], place[held]
+            sums[i] = found[:, held, 1:].sum(axis=1)
+        on_batch()
+    return ExpertLosses(nll, positions, sums if tempered else None)

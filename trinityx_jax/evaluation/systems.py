@@ -1,0 +1,108 @@
+"""One system of a comparison: what it is made of, its scores on every objective's rows, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.config import RunConfig
+from trinityx_jax.data.batching import evaluation_batches
+from trinityx_jax.data.templates import Encoded
+from trinityx_jax.evaluation.scoring import Scorer, Scores
+from trinityx_jax.experts import TaskVector, merge
+from trinityx_jax.mocae import Router
+from trinityx_jax.runs import with_paths
+
+ROUNDS = 5  # of a system's forward pass and the base's in turns
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A base with static weights over experts, or with a router; ``oracle``: each row through its own expert."""
+
+    scorer: Scorer
+    weights: np.ndarray | None = None
+    router: Router | None = None
+    oracle: bool = False
+
+    def score(
+        self, rows: Sequence[Encoded], objective: np.ndarray, on_batch: Callable[[], None] = lambda: None
+    ) -> Scores:
+        """Scores of rows with the objective that each is of."""
+        if not self.oracle:
+            return self.scorer.score(rows, weights=self.weights, router=self.router, on_batch=on_batch)
+        nll, tokens = np.zeros(len(rows)), np.zeros(len(rows), int)
+        for expert, weights in enumerate(np.eye(objective.max() + 1)):
+            own = np.flatnonzero(objective == expert)
+            found = self.scorer.score([rows[int(i)] for i in own], weights=weights, on_batch=on_batch)
+            nll[own], tokens[own] = found.nll, found.tokens
+        return Scores(nll, tokens)
+
+    def score_choices(
+        self, rows: Sequence[Encoded], objective: int, on_batch: Callable[[], None] = lambda: None
+    ) -> np.ndarray:
+        """Summed NLL of answers [n] to questions of one objective."""
+        weights = np.eye(objective + 1, len(self.scorer.names))[objective] if self.oracle else self.weights
+        return self.scorer.score_continuations(rows, weights=weights, router=self.router, on_batch=on_batch)
+
+
+def build(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector], router: Router | None) -> System:
+    """What ``system`` of a configuration names.
+
+    Args:
+        vectors: the experts of its source; of kind ``mocae`` those of the run that holds the router.
+
+    Raises:
+        UserError: an expert is missing.
+    """
+    system = config.system
+
+    def scorer(backbone: Backbone, vectors: Mapping[str, TaskVector]) -> Scorer:
+        return Scorer(backbone, vectors, config.dtype, config.evaluate.batch_size)
+
+    if system.kind == "base":
+        return System(scorer(backbone, {}))
+    if system.kind == "expert":
+        assert system.expert is not None
+        found = with_paths(vectors, [system.expert], "system.expert", backbone.config)[system.expert]
+        return System(scorer(backbone, {system.expert: found}), np.ones(1))
+    names = config.experts.names if router is None else router.names
+    own = {name: with_paths(vectors, [name], "experts.names", backbone.config)[name] for name in names}
+    if system.kind == "merge":
+        rule = dataclasses.asdict(system.rule())
+        params = merge(backbone.params, own, rule.pop("method"), weights=system.weights, **rule)
+        return System(scorer(dataclasses.replace(backbone, params=params), {}))
+    if system.kind == "oracle":
+        return System(scorer(backbone, own), oracle=True)
+    return System(scorer(backbone, own), router=router)
+
+
+def cost(system: System, base: System, rows: Sequence[Encoded]) -> dict[str, float]:
+    """Forward time and compiled memory over the base's, on one batch of middling length, in turns in one process."""
+    index, batch = sorted(evaluation_batches(rows, [0] * len(rows), base.scorer.batch_size, 0), key=_size)[
+        len(rows) // base.scorer.batch_size // 2
+    ]
+    assert len(index)
+    arrays = batch.arrays()
+    static = np.eye(1, len(system.scorer.names))[0] if system.oracle else system.weights
+    runs = [each.scorer.runner(w, each.router) for each, w in ((base, base.weights), (system, static))]
+    seconds: list[list[float]] = [[], []]
+    for turn in range(ROUNDS + 1):
+        for own, run in zip(seconds, runs, strict=True):
+            began = time.perf_counter()
+            jax.block_until_ready(run(arrays))
+            if turn:
+                own.append(time.perf_counter() - began)
+    memory = [each.scorer.memory(w, each.router, arrays) for each, w in ((base, base.weights), (system, static))]
+    ratio = np.median(np.asarray(seconds[1]) / np.asarray(seconds[0]))
+    return {"forward": float(ratio), "memory": memory[1] / memory[0], "bytes": float(memory[1])}
+
+
+def _size(item: tuple[np.ndarray, Any]) -> int:
+    return item[1].tokens.shape[1]

@@ -1,0 +1,151 @@
+"""The switches of a mixture: every reading of METHOD 2, and named sets of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+from trinityx_jax.errors import UserError
+
+CHOICES = {
+    "routing": ("learned", "uniform"),
+    "router_scope": ("layer", "shared"),
+    "weight": ("convex", "product", "anchored"),
+    "mixing": ("outputs", "weights", "full"),
+    "output": ("prenorm", "gated", "layernorm"),
+    "gamma_similarity": ("cosine", "inner", "uniform"),
+    "entropy": ("batch_diversity", "token_literal"),
+    "kl": ("step", "ema", "token", "layer"),
+    "attention_deltas": (None, "drop", "merge", "route"),
+    "calibration": ("none", "temperature", "expert", "layer"),
+}
+LAMBDAS = ("entropy", "kl", "gate", "balance", "norm")  # losses beside the task's, by name
+FLAGS = ("router_bias", "train_experts", "train_gamma", "train_norm", "gamma_dynamic")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoCaEConfig:
+    """Every reading of METHOD section 2; the defaults are the ``recommended`` preset.
+
+    ``mixing``: of the experts' outputs; of their deltas inside each projection (``weights``); ``full`` is the first
+    computed with a whole feed-forward of its own for each expert. ``routing: uniform`` has nothing to train.
+
+    Raises:
+        UserError: a value is outside its range, not one of its choices, or without effect beside another.
+    """
+
+    temperature: float = 0.7  # tau
+    top_k: int | None = None  # None: all experts
+    routing: str = "learned"
+    router_scope: str = "layer"
+    router_bias: bool = True
+    weight: str = "convex"
+    mixing: str = "outputs"
+    output: str = "prenorm"
+    dropout: float = 0.0
+    gamma_similarity: str = "cosine"
+    gamma_reference: str | None = None  # an expert's name or path; None: the mean of the experts
+    gamma_floor: float | None = None  # what a lower similarity counts as; None: a negative one raises
+    gamma_dynamic: bool = False  # moves towards experts that gain most on held-out rows
+    entropy: str = "batch_diversity"
+    kl: str = "step"
+    lambda_entropy: float = 0.1
+    lambda_kl: float = 0.01
+    lambda_gate: float = 0.1
+    lambda_balance: float = 0.0  # load balance (Switch, Mixtral, MixLoRA)
+    lambda_norm: float = 0.0  # norm of the experts' weights (H3Fusion)
+    train_experts: bool = False
+    train_gamma: bool = False
+    train_norm: bool = False
+    attention_deltas: str | None = None  # of experts that hold some (METHOD 1); None raises
+    calibration: str = "temperature"  # what is fitted on held-out rows after training
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(str(choice) for choice in allowed if choice is not None)
+                raise UserError(f"mocae.{name}: {getattr(self, name)!r} is not one of {choices}")
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"mocae.{name}: must be true or false, not {getattr(self, name)!r}")
+        self._check_numbers()
+        self._check_combinations()
+
+    def _check_numbers(self) -> None:
+        lambdas = [f"lambda_{name}" for name in LAMBDAS]
+        for name in ("temperature", "dropout", *lambdas):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"mocae.{name}: must be a number, not {value!r}")
+        if not self.temperature > 0:
+            raise UserError(f"mocae.temperature: must be positive, not {self.temperature}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"mocae.dropout: must be in [0, 1), not {self.dropout}")
+        for name in lambdas:
+            if getattr(self, name) < 0:
+                raise UserError(f"mocae.{name}: must not be negative, is {getattr(self, name)}")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise UserError(f"mocae.top_k: must be a whole number of at least 1, not {self.top_k!r}")
+        if self.gamma_reference is not None and not isinstance(self.gamma_reference, str):
+            raise UserError(f"mocae.gamma_reference: must be a name or a path, not {self.gamma_reference!r}")
+
+    def _check_combinations(self) -> None:
+        if self.train_gamma and self.gamma_dynamic:
+            raise UserError("mocae.gamma_dynamic: gamma is trained (train_gamma); choose one")
+        if self.train_norm and self.output == "prenorm":
+            raise UserError("mocae.train_norm: output 'prenorm' has no norm to train")
+        if self.mixing != "outputs" and self.weight == "anchored":
+            raise UserError(f"mocae.mixing: {self.mixing!r} has no form of 'anchored' weighting")
+        if self.output == "gated" and not self.train_norm:
+            raise UserError("mocae.output: 'gated' needs train_norm: its gate starts at 0, where it does nothing")
+        if self.lambda_norm and not self.train_experts:
+            raise UserError("mocae.lambda_norm: has no effect on frozen experts (train_experts)")
+        if self.routing == "uniform":
+            for name in ("train_experts", "train_gamma", "train_norm", "gamma_dynamic"):
+                if getattr(self, name):
+                    raise UserError(f"mocae.{name}: nothing is trained where routing is uniform")
+
+
+PRESETS: dict[str, MoCaEConfig] = {
+    "recommended": MoCaEConfig(),
+    "literal": MoCaEConfig(
+        router_scope="shared",
+        weight="product",
+        output="layernorm",
+        gamma_similarity="inner",
+        entropy="token_literal",
+        lambda_gate=0.0,
+        train_norm=True,
+        calibration="none",
+    ),
+}
+# Baselines (METHOD 7): softmax routing at temperature 1, no gamma, and no loss but those that they name.
+_PLAIN = MoCaEConfig(
+    temperature=1.0, gamma_similarity="uniform", lambda_entropy=0.0, lambda_kl=0.0, lambda_gate=0.0, calibration="none"
+)
+PRESETS |= {
+    "uniform": dataclasses.replace(_PLAIN, routing="uniform"),
+    "h3fusion": dataclasses.replace(
+        _PLAIN, mixing="full", top_k=2, router_bias=False, train_experts=True, lambda_gate=0.01, lambda_norm=1e-3
+    ),
+    "mixlora": dataclasses.replace(_PLAIN, top_k=2, router_bias=False, train_experts=True, lambda_balance=0.01),
+    "xlora": dataclasses.replace(_PLAIN, mixing="weights"),
+}
+
+
+def preset(name: str, **changes: Any) -> MoCaEConfig:
+    """A named preset with some fields changed.
+
+    Raises:
+        UserError: there is no such preset, or a field is unknown.
+    """
+    if name not in PRESETS:
+        raise UserError(f"mocae.preset: {name!r} is not one of {', '.join(PRESETS)}")
+    known = [field.name for field in dataclasses.fields(MoCaEConfig)]
+    for key in changes:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"mocae.{key}: unknown key (nearest: {nearest})")
+    return dataclasses.replace(PRESETS[name], **changes)

@@ -1,0 +1,168 @@
+"""The router's temperatures and biases, fitted on rows that nothing was trained on (METHOD 4 c)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import Bounds, minimize
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.backbone.products import activations, packed
+from trinityx_jax.data.batching import evaluation_batches
+from trinityx_jax.data.templates import Encoded
+from trinityx_jax.mocae import Router, hidden_states, token_routing
+from trinityx_jax.mocae.calibration import calibrated, row_means, selected, softmax
+from trinityx_jax.mocae.calibration import probabilities as numpy_probabilities
+
+ROUNDS = 3  # a layer's logits move a little when the layers below mix otherwise
+LEAST = 1e-3  # of the sharpness that training had: no temperature is above a thousandfold of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a row's routing should be, q [1|S,E]; which of its tokens count [S]; what share of all rows it is."""
+
+    q: np.ndarray
+    counts: np.ndarray
+    weight: float
+
+
+def objective_targets(rows: Sequence[Encoded], labels: np.ndarray, experts: int) -> list[Target]:
+    """The row's own expert, at every token."""
+    eye, shares = np.eye(experts), balanced(labels)
+    return [
+        Target(eye[label][None], np.ones(len(row.ids), bool), share)
+        for row, label, share in zip(rows, labels, shares, strict=True)
+    ]
+
+
+def balanced(labels: np.ndarray) -> np.ndarray:
+    """Each row's share [N], all objectives together alike: a bias is not to learn which has more rows."""
+    counts = np.bincount(labels)
+    return 1.0 / (counts[labels] * np.count_nonzero(counts))
+
+
+class RoutingReader:
+    """The compiled model of one base and experts, read for its router's logits."""
+
+    def __init__(self, backbone: Backbone, experts: Any, dtype: str, batch_size: int):
+        config, kind = backbone.config, activations(dtype)
+        self.base, self.experts, self.batch_size = packed(backbone.params), experts, batch_size
+
+        @jax.jit
+        def read(base: Any, experts: Any, router: Router, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+            _, aux, _ = hidden_states(base, config, tokens, mask, experts=experts, router=router, dtype=kind)
+            return token_routing(aux, "z")
+
+        self._read = read
+
+    def logits(self, router: Router, rows: Sequence[Encoded]) -> list[np.ndarray]:
+        """z [S,L,E] of each row's tokens, before the temperature."""
+        out: dict[int, np.ndarray] = {}
+        for index, batch in evaluation_batches(rows, [0] * len(rows), self.batch_size, 0):
+            found = np.asarray(self._read(self.base, self.experts, router, batch.tokens, batch.mask))
+            out |= {int(i): found[row][batch.mask[row]] for row, i in enumerate(index)}
+        return [out[i] for i in range(len(rows))]
+
+
+def calibrate(
+    reader: RoutingReader, router: Router, rows: Sequence[Encoded], targets: Sequence[Target], kind: str
+) -> Router:
+    """The router with the temperatures and biases of least cross-entropy to the targets, a row's tokens sharing its
+    weight.
+
+    Args:
+        kind: ``temperature``: one; ``expert``: a temperature and a bias for each expert; ``layer``: for each expert
+            in each layer. ``none`` changes nothing but the pool.
+
+    The logits are read again between rounds, since a layer's change a little when those below mix otherwise.
+    The router's ``pool`` is fitted last, to the rows' mean targets.
+    """
+    found = router
+    for _ in range(ROUNDS if kind != "none" else 0):
+        z = reader.logits(found, rows)
+        sharpness, shift = fit(z, targets, kind, 1.0 / np.asarray(router.temperature), router.config.top_k)
+        found = calibrated(found, 1.0 / sharpness, shift / sharpness, kind)
+    z = reader.logits(found, rows)
+    pool: dict[str, jax.Array] = {}
+    for name in ("row", "prompt"):  # a causal model routes a prompt as it does a row's beginning
+        ends = [row.prompt_length if name == "prompt" else len(row.ids) for row in rows]
+        own_sharpness, bias = fit_pool([own[:end] for own, end in zip(z, ends, strict=True)], targets, found)
+        pool |= {f"{name}_sharpness": jnp.float32(own_sharpness), f"{name}_bias": jnp.asarray(bias, jnp.float32)}
+    return dataclasses.replace(found, pool=pool)
+
+
+def fit(
+    z: Sequence[np.ndarray], targets: Sequence[Target], kind: str, start: np.ndarray, top_k: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(sharpness, shift) of softmax(sharpness z + shift) [S,L,E] nearest the targets: [], [E] or [L,E] each.
+
+    Convex for all experts selected. A weak pull, a row's worth, towards the start and no shift keeps separable
+    rows from an infinite sharpness and takes the freedom of adding one number to all shifts.
+    """
+    flat = np.concatenate([own[t.counts] for own, t in zip(z, targets, strict=True)]).astype(np.float64)  # [N,L,E]
+    q = np.concatenate([np.broadcast_to(t.q, (len(t.counts), t.q.shape[-1]))[t.counts] for t in targets])
+    weight = np.concatenate([np.full(t.counts.sum(), t.weight / max(t.counts.sum(), 1)) for t in targets])
+    layers, count = flat.shape[1:]
+    begin = np.broadcast_to(start, (layers, count))
+    if kind == "layer":
+        parts = [_fit_one(flat[:, [i]], q, weight, begin[i], len(targets), top_k) for i in range(layers)]
+        return tuple(np.stack(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
+    sharpness, shift = _fit_one(flat, q, weight, begin.mean(axis=0), len(targets), top_k, tied=kind == "temperature")
+    return (sharpness[0], np.zeros(())) if kind == "temperature" else (sharpness, shift)
+
+
+def _fit_one(
+    z: np.ndarray,
+    q: np.ndarray,
+    weight: np.ndarray,
+    start: np.ndarray,
+    rows: int,
+    top_k: int | None,
+    tied: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One sharpness and shift [E] for all layers of z [N,L,E]; ``tied``: one sharpness for all experts, no shift."""
+    layers, count = z.shape[1:]
+
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        w, c = (np.full(count, x[0]), np.zeros(count)) if tied else (x[:count], x[count:])
+        scaled = selected(z * w + c, top_k)
+        p, kept = softmax(scaled), np.isfinite(scaled)
+        inside = np.where(kept, q[:, None], 0.0)
+        value = -np.einsum("nle,nle,n->", inside, np.log(p + 1e-20), weight) / layers
+        slope = (p * inside.sum(axis=-1, keepdims=True) - inside) * weight[:, None, None] / layers
+        dw, dc = np.einsum("nle,nle->e", slope, z), slope.sum(axis=(0, 1))
+        far = w / start - 1.0
+        value += 0.5 * (np.mean(far**2) + np.mean(c**2)) / rows
+        dw, dc = dw + far / start / count / rows, dc + c / count / rows
+        return float(value), np.asarray([dw.sum()]) if tied else np.concatenate([dw, dc])
+
+    first = start[:1] if tied else np.concatenate([start, np.zeros(count)])
+    least = np.concatenate([LEAST * start[: 1 if tied else count], np.full(0 if tied else count, -np.inf)])
+    found = minimize(loss, first, jac=True, method="L-BFGS-B", bounds=Bounds(least), options={"maxiter": 500}).x
+    return (np.full(count, found[0]), np.zeros(count)) if tied else (found[:count], found[count:])
+
+
+def fit_pool(z: Sequence[np.ndarray], targets: Sequence[Target], router: Router) -> tuple[float, np.ndarray]:
+    """Sharpness [] and bias [E] that make a row's mean pi its probabilities (``mocae.calibration.pooled``)."""
+    pi = [numpy_probabilities(own, np.asarray(router.temperature), router.config.top_k) for own in z]
+    means = np.log(row_means(pi) + 1e-20)
+    q = np.stack([np.broadcast_to(t.q, (len(t.counts), t.q.shape[-1]))[t.counts].mean(axis=0) for t in targets])
+    count, weight = q.shape[1], np.asarray([t.weight for t in targets])[:, None]
+
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        p = softmax(x[0] * means + x[1:])
+        slope = (p - q) * weight
+        value = -np.sum(weight * q * np.log(p + 1e-20)) + 0.5 * np.mean(x[1:] ** 2) / len(q)
+        return float(value), np.concatenate([[np.sum(slope * means)], slope.sum(axis=0) + x[1:] / count / len(q)])
+
+    ends = (np.full(count + 1, -np.inf), np.full(count + 1, np.inf))
+    ends[0][0], ends[1][0] = LEAST, 100.0
+    start = np.concatenate([[1.0], np.zeros(count)])
+    x = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=Bounds(*ends), options={"maxiter": 500}).x
+    return float(x[0]), x[1:]
