@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,9 +28,11 @@ from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled, probabilities, row_means
 from trinityx_jax.runs import UNCALIBRATED, OpenRun, load_uncalibrated, need_router, open_run, save_router
 from trinityx_jax.training.calibration import RoutingReader, Target, calibrate, objective_targets
-from trinityx_jax.training.rows import load_training_rows
+from trinityx_jax.training.rows import load_parts, load_training_rows
 
+log = logging.getLogger(__name__)
 TARGETS = ("objective", "row", "token")
+KINDS = ("temperature", "expert", "layer")
 SHOWN = {
     "accuracy": "accuracy",
     "ece15": "ECE 15",
@@ -69,21 +72,25 @@ def calibrate_run(
     Raises:
         UserError: the run has no router or names no test rows; a switch has no such value.
     """
-    if to not in TARGETS:
-        raise UserError(f"--to: {to!r} is not one of {', '.join(TARGETS)}")
+    for flag, value, known in (("--fit", kind, KINDS), ("--to", to, TARGETS)):
+        if value is not None and value not in known:
+            raise UserError(f"{flag}: {value!r} is not one of {', '.join(known)}")
     check_overrides(overrides, None, calibration=True)
     run = open_run(path)
     router = need_router(run)
     start = load_uncalibrated(run.folder, router) or router
+    if start.config.routing == "uniform":
+        raise UserError(f"{path}: its routing is uniform; there is nothing to calibrate")
     kind = kind or start.config.calibration
     if kind == "none":
         raise UserError("--fit: mocae.calibration is none; say what to fit: temperature, expert or layer")
-    config = load_config(run.folder.path / "config-router.yaml", overrides)
+    file = run.folder.path / "config-router.yaml"
+    plain, config = load_config(file), load_config(file, overrides)  # other test rows change no training row
     held = load_held_out(config, router.names, run.backbone)
-    sets = {ROWS: Rows(held.chosen, held.objective), UNSEEN: _unseen(config, run, router.names)}
+    sets = {ROWS: Rows(held.chosen, held.objective), UNSEEN: _unseen(config, plain, run, router.names)}
     experts = stack([run.vectors[name] for name in router.names])
     settings = (run.backbone, experts, config.dtype, config.evaluate.batch_size)
-    fitted_on = _calibration_rows(config, run, router.names)
+    fitted_on = _calibration_rows(plain, run, router.names)
     own = expert_losses(*settings, fitted_on.rows, len(router.names), tempered=True)
     temperatures = own.temperatures(fitted_on.labels)
     reader = RoutingReader(*settings)
@@ -119,19 +126,24 @@ def _calibration_rows(config: RunConfig, run: OpenRun, names: Sequence[str]) -> 
     return Rows([row for name in names for row in found[name]], labels)
 
 
-def _unseen(config: RunConfig, run: OpenRun, names: Sequence[str]) -> Rows:
-    """The prompts of ``data.NAME.unseen``, in the objective's template."""
+def _unseen(config: RunConfig, plain: RunConfig, run: OpenRun, names: Sequence[str]) -> Rows:
+    """The prompts of ``data.NAME.unseen``, in the objective's template, without those that training rows have."""
     rows: list[Encoded] = []
     labels: list[int] = []
-    for index, name in enumerate(names):
-        for data in config.parts(name).values():
-            if data.unseen is None:
-                continue
-            kind, split = data.unseen_kind, data.unseen_split
-            examples = load_prompts(data.unseen, kind, split, data.unseen_limit, data.skip_bad, data.unseen_map)
-            for ids in encode_prompts(data.template, examples, run.backbone.tokenizer):
-                rows.append(Encoded(np.asarray(ids[: config.train.seq_len], np.int32), len(ids), data.unseen))
-                labels.append(index)
+    entries = [(i, data) for i, name in enumerate(names) for data in config.parts(name).values() if data.unseen]
+    used = {e.question for part in load_parts(plain).values() for e in part.train} if entries else set()
+    for index, data in entries:
+        kind, split = data.unseen_kind, data.unseen_split
+        found = load_prompts(data.unseen or "", kind, split, data.unseen_limit, data.skip_bad, data.unseen_map)
+        kept = [example for example in found if example.question not in used]
+        if len(kept) < len(found):
+            log.warning(
+                "%s: %d prompts stand in training rows too, and are left out", data.unseen, len(found) - len(kept)
+            )
+        for ids in encode_prompts(data.template, kept, run.backbone.tokenizer):
+            cut = ids[: config.train.seq_len]
+            rows.append(Encoded(np.asarray(cut, np.int32), len(cut), data.unseen or ""))
+            labels.append(index)
     return Rows(rows, np.asarray(labels, int))
 
 

@@ -75,7 +75,7 @@ def grid_variants(
         flags = [part for key, value in zip(over, values, strict=True) for part in (f"--{key}", value)]
         short = [f"{key.rpartition('.')[2]}={value}" for key, value in zip(over, values, strict=True)]
         label = " ".join(short)
-        folder = Path(out) / re.sub(r"[^A-Za-z0-9._=-]+", "_", "+".join(short))
+        folder = Path(out) / re.sub(r"[^A-Za-z0-9._=-]+", "_", "_".join(short))
         found.append(Variant(label, _seeded(path, [*overrides, *flags], folder, seeds, None)))
     return found
 

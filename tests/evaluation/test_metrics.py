@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import accuracy_score, confusion_matrix, log_loss
+from sklearn.metrics import accuracy_score, brier_score_loss, confusion_matrix, log_loss
 
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import metrics
@@ -34,9 +34,17 @@ def naive_ece(p: np.ndarray, labels: np.ndarray, bins: int) -> float:
     return total
 
 
+def sklearn_ece(confidence: np.ndarray, hits: np.ndarray, bins: int) -> float:
+    """From scikit-learn's reliability curve, a bin's share of the rows being its weight."""
+    right, sure = calibration_curve(hits, confidence, n_bins=bins, strategy="uniform")
+    count = np.histogram(confidence, np.linspace(0, 1, bins + 1))[0]
+    return float(count[count > 0] @ np.abs(right - sure) / len(confidence))
+
+
 def test_brier_nll_and_accuracy_equal_sklearn_and_plain_loops() -> None:
     brier = sum((P[i, e] - (LABELS[i] == e)) ** 2 for i in range(N) for e in range(3)) / N
     np.testing.assert_allclose(metrics.brier(P, LABELS).value, brier, rtol=1e-12)
+    np.testing.assert_allclose(brier, brier_score_loss(LABELS, P, scale_by_half=False), rtol=1e-12)
     np.testing.assert_allclose(metrics.nll(P, LABELS).value, log_loss(LABELS, P), rtol=1e-9)
     hits = P.argmax(axis=1) == LABELS
     np.testing.assert_allclose(metrics.share(hits).value, accuracy_score(LABELS, P.argmax(axis=1)), rtol=1e-12)
@@ -47,6 +55,9 @@ def test_brier_nll_and_accuracy_equal_sklearn_and_plain_loops() -> None:
 def test_ece_and_the_reliability_curve_equal_plain_loops_and_sklearn(bins: int) -> None:
     found = metrics.ece(P, LABELS, bins)
     np.testing.assert_allclose(found.value, naive_ece(P, LABELS, bins), rtol=1e-9)
+    np.testing.assert_allclose(found.value, sklearn_ece(P.max(axis=1), P.argmax(axis=1) == LABELS, bins), rtol=1e-9)
+    by_class = [sklearn_ece(P[:, k], np.equal(LABELS, k), bins) for k in range(3)]
+    np.testing.assert_allclose(metrics.classwise_ece(P, LABELS, bins).value, np.mean(by_class), rtol=1e-9)
     curve = metrics.reliability(P, LABELS, bins)
     hits = P.argmax(axis=1) == LABELS
     accuracy, confidence = calibration_curve(hits, P.max(axis=1), n_bins=bins, strategy="uniform")
@@ -118,8 +129,70 @@ def test_a_routing_report_holds_every_number() -> None:
     np.testing.assert_allclose(report["accuracy"]["value"], np.mean(P.argmax(axis=1) == LABELS))
     np.testing.assert_allclose(report["ece15"]["value"], naive_ece(P, LABELS, 15))
     np.testing.assert_allclose(report["ece10"]["value"], naive_ece(P, LABELS, 10))
+    np.testing.assert_allclose(report["classwise_ece"]["value"], metrics.classwise_ece(P, LABELS).value)
     for index, name in enumerate("abc"):
         np.testing.assert_allclose(report["mean_pi"][name], P[np.equal(LABELS, index)].mean(axis=0))
+
+
+def test_of_one_token_and_layer_a_token_report_is_the_rows_report() -> None:
+    rows = metrics.routing_report(P, LABELS, ["a", "b", "c"], resamples=100)
+    found = metrics.token_report(list(P[:, None, None]), LABELS, resamples=100)
+    json.dumps(found)
+    assert set(found) == set(rows) - {"confusion", "mean_pi"}
+    for name in set(found) - {"reliability"}:
+        assert found[name]["n"] == N
+        for key in ("value", "interval"):
+            np.testing.assert_allclose(found[name][key], rows[name][key], rtol=1e-9)
+    for point, expected in zip(found["reliability"], rows["reliability"], strict=True):
+        np.testing.assert_allclose([point[key] for key in expected], list(expected.values()), rtol=1e-9)
+
+
+def weighted_ece(confidence: np.ndarray, hits: np.ndarray, weight: np.ndarray, bins: int) -> float:
+    edges = np.linspace(0, 1, bins + 1)[1:-1]
+    which = np.searchsorted(edges, confidence, side="right")
+    return float(sum(abs(weight[which == b] @ (confidence - hits)[which == b]) for b in range(bins)))
+
+
+def test_every_token_s_metrics_weigh_rows_alike_and_resample_them_whole() -> None:
+    draw = np.random.default_rng(3)
+    n, layers = 30, 2
+    labels = draw.integers(0, 3, n)
+    pi = [draw.dirichlet(np.ones(3) + np.eye(3)[i], (int(draw.integers(1, 9)), layers)) for i in labels]
+    flat = np.concatenate([own.reshape(-1, 3) for own in pi])
+    row = np.repeat(np.arange(n), [len(own) * layers for own in pi])
+    options = {"resamples": 40, "seed": 7}
+    found = metrics.token_report(pi, labels, **options)
+
+    def expected(share: np.ndarray) -> dict[str, float]:
+        """With each row's share; its predictions' weights add up to it."""
+        weight = (share / np.bincount(row))[row]
+        hits, right = flat.argmax(axis=1) == labels[row], np.eye(3)[labels[row]]
+        by_class = [weighted_ece(flat[:, k], right[:, k], weight, 15) for k in range(3)]
+        return {
+            "accuracy": accuracy_score(labels[row], flat.argmax(axis=1), sample_weight=weight),
+            "brier": weight @ np.square(flat - right).sum(axis=1),
+            "nll": log_loss(labels[row], flat, sample_weight=weight, labels=[0, 1, 2]),
+            "ece15": weighted_ece(flat.max(axis=1), hits, weight, 15),
+            "ece10": weighted_ece(flat.max(axis=1), hits, weight, 10),
+            "classwise_ece": float(np.mean(by_class)),
+        }
+
+    whole = expected(np.full(n, 1 / n))
+    index = np.random.default_rng(7).integers(0, n, (40, n))
+    draws = [expected(np.bincount(chosen, minlength=n) / n) for chosen in index]
+    for name, value in whole.items():
+        np.testing.assert_allclose(found[name]["value"], value, rtol=1e-9)
+        low, high = np.percentile([own[name] for own in draws], [2.5, 97.5])
+        np.testing.assert_allclose(found[name]["interval"], [low, high], rtol=1e-9)
+        assert low < value < high or name.endswith(("15", "10", "ece"))  # a resample's error is larger, by chance
+    again = metrics.token_report([own.repeat(3, axis=0) for own in pi], labels, **options)
+    for name in whole:  # more tokens of a row are no more rows
+        np.testing.assert_allclose(again[name]["interval"], found[name]["interval"], rtol=1e-9)
+    curve = found["reliability"]
+    assert sum(point["count"] for point in curve) == pytest.approx(n)
+    by_curve = sum(point["count"] * abs(point["confidence"] - point["accuracy"]) for point in curve) / n
+    assert by_curve == pytest.approx(whole["ece15"])
+    assert all(point["low"] <= point["confidence"] <= point["high"] for point in curve)
 
 
 def test_intervals_hold_the_true_mean_about_95_times_in_100() -> None:
@@ -158,6 +231,9 @@ def test_paired_intervals_are_narrower_for_correlated_rows() -> None:
     assert ours[1] > theirs[0]
 
 
+SCORES = (metrics.brier, metrics.nll, metrics.ece, metrics.classwise_ece, metrics.reliability)
+
+
 def test_no_rows_and_unequal_columns_are_refused() -> None:
     none, nobody = np.zeros((0, 3)), np.zeros(0, int)
     for call in (
@@ -166,14 +242,14 @@ def test_no_rows_and_unequal_columns_are_refused() -> None:
         lambda: metrics.unsafe_rate([]),
         lambda: metrics.truthful_informative([], []),
         lambda: metrics.perplexity(np.zeros(0), np.zeros(0)),
-        *(lambda f=f: f(none, nobody) for f in (metrics.brier, metrics.nll, metrics.ece, metrics.reliability)),
+        *(lambda f=f: f(none, nobody) for f in SCORES),
     ):
         with pytest.raises(UserError, match="no rows"):
             call()
     for call in (
         lambda: metrics.perplexity(np.ones(3), np.ones(4)),
         lambda: metrics.truthful_informative([True], [True, False]),
-        *(lambda f=f: f(P, LABELS[:-1]) for f in (metrics.brier, metrics.nll, metrics.ece, metrics.reliability)),
+        *(lambda f=f: f(P, LABELS[:-1]) for f in SCORES),
     ):
         with pytest.raises(UserError, match="differ in length"):
             call()

@@ -1,63 +1,121 @@
-"""Temperature scaling of the router against known answers and an exhaustive search."""
+"""A router's probabilities outside the model are those inside it, and what calibration writes is what it fitted."""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trinityx_jax.mocae import losses
-from trinityx_jax.mocae.calibration import fit_temperature, negative_log_likelihood, row_probabilities
-from trinityx_jax.mocae.router import probabilities
+import trinityx_jax as tx
+from trinityx_jax.backbone import Backbone, BackboneConfig
+from trinityx_jax.backbone.model import abstract_params
+from trinityx_jax.experts import init_expert, stack
+from trinityx_jax.mocae import Router, hidden_states, losses
+from trinityx_jax.mocae import router as inside
+from trinityx_jax.mocae.calibration import calibrated, pooled, probabilities, row_means
+
+CONFIG = BackboneConfig(
+    vocab_size=20, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=8,
+    rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=32,
+)  # fmt: skip
+NAMES = ("helpful", "harmless", "honest")
+DRAW = np.random.default_rng(0)
+Z = DRAW.normal(size=(4, 7, 2, 3)) * 3  # [B,S,L,E]
 
 
-def make_rows(count: int, tokens: int | None, seed: int, best: float = 1.0) -> tuple[list[np.ndarray], np.ndarray]:
-    """Router logits [S,L,E] per row, and objective ids drawn from softmax(z / best) of the row."""
-    draw = np.random.default_rng(seed)
-    z, labels = [], []
-    for _ in range(count):
-        length = tokens or int(draw.integers(1, 6))
-        row = best * draw.normal(size=(1, 1, 3)) * 1.5 + np.zeros((length, 2, 3))
-        z.append(row)
-        p = np.exp(row[0, 0] / best)
-        labels.append(draw.choice(3, p=p / p.sum()))
-    return z, np.array(labels)
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quick_compilation: None) -> None:
+    """Tiny programs that run once."""
 
 
-@pytest.mark.parametrize("best", [0.2, 1.0, 4.0])
-def test_the_temperature_that_made_the_labels_is_found(best: float) -> None:
-    z, labels = make_rows(4000, 1, seed=1, best=best)
-    assert abs(np.log(fit_temperature(z, labels) / best)) < 0.1
+def f32(x: Any) -> jax.Array:
+    return jnp.asarray(x, jnp.float32)
 
 
-@pytest.mark.parametrize("seed", [2, 3])
-def test_no_temperature_on_a_fine_grid_is_better(seed: int) -> None:
-    z, labels = make_rows(150, None, seed)
-    draw = np.random.default_rng(seed)
-    z = [row + draw.normal(size=row.shape) for row in z]  # tokens and layers disagree
-    found = fit_temperature(z, labels)
-    grid = np.exp(np.linspace(np.log(0.02), np.log(20), 500))
-    at = {t: negative_log_likelihood(row_probabilities(z, t), labels) for t in grid}
-    best = min(at, key=at.__getitem__)
-    assert abs(np.log(found / best)) < 0.02
-    assert negative_log_likelihood(row_probabilities(z, found), labels) <= at[best] + 1e-6
-    assert negative_log_likelihood(row_probabilities(z, found), labels) < at[grid[0]]
-
-
-def test_hopeless_and_perfect_logits_end_at_the_bounds() -> None:
-    labels = np.arange(300) % 3
-    sure = [4.0 * np.eye(3)[i][None, None] for i in labels]
-    wrong = [4.0 * np.eye(3)[(i + 1) % 3][None, None] for i in labels]
-    assert fit_temperature(sure, labels, (0.1, 10.0)) < 0.2
-    assert fit_temperature(wrong, labels, (0.1, 10.0)) > 9.9
-
-
-def test_row_probabilities_are_the_routing_that_the_model_reports() -> None:
-    draw = np.random.default_rng(4)
-    z = draw.normal(size=(3, 7, 2, 3)) * 3
-    mask = np.arange(7) < np.array([[7], [4], [1]])
-    found = row_probabilities([z[i][mask[i]] for i in range(3)], 0.6)
-    pi = probabilities(jnp.asarray(z, jnp.float32), jnp.float32(0.6), None)
-    np.testing.assert_allclose(found, losses.row_routing(pi, jnp.asarray(mask)), rtol=1e-5)
+@pytest.mark.parametrize("top_k", [None, 1, 2, 3])
+@pytest.mark.parametrize("temperature", [0.7, [0.2, 0.7, 2.0], [[0.2, 0.7, 2.0], [1.5, 0.3, 0.9]]])
+def test_probabilities_are_the_ones_inside_the_model(temperature: Any, top_k: int | None) -> None:
+    found = probabilities(Z, np.asarray(temperature), top_k)
+    np.testing.assert_allclose(found, inside.probabilities(f32(Z), f32(temperature), top_k), rtol=2e-5, atol=1e-7)
     np.testing.assert_allclose(found.sum(axis=-1), 1, rtol=1e-12)
-    assert np.all(np.isfinite(row_probabilities([1e4 * z[0]], 0.02)))
+    assert np.all((found > 0).sum(axis=-1) == (top_k or 3))
+    assert np.all(np.isfinite(probabilities(1e4 * Z, np.asarray(temperature), top_k)))
+
+
+def test_of_equal_logits_the_same_experts_are_selected_as_inside_the_model() -> None:
+    ties = np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
+    for top_k in (1, 2):
+        found = probabilities(ties, np.float64(0.7), top_k)
+        np.testing.assert_allclose(found, inside.probabilities(f32(ties), f32(0.7), top_k), rtol=1e-6)
+
+
+def test_a_row_s_mean_is_the_one_that_the_losses_see() -> None:
+    mask = np.arange(7) < np.array([[7], [4], [1], [5]])
+    pi = inside.probabilities(f32(Z), f32(0.6), None)
+    found = row_means([np.asarray(pi[row])[mask[row]] for row in range(4)])
+    np.testing.assert_allclose(found, losses.row_routing(pi, jnp.asarray(mask)), rtol=1e-5)
+
+
+def test_a_pool_of_one_and_no_bias_is_the_mean_and_a_sharper_one_undoes_a_flattened_mean() -> None:
+    means = DRAW.dirichlet([4.0, 3.0, 2.0], 50)
+    assert means.min() > 1e-3
+    np.testing.assert_allclose(pooled(means, 1.0, np.zeros(3)), means, rtol=1e-12)
+    flat = means ** (1 / 3) * [0.5, 2.0, 1.0]
+    flat /= flat.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(pooled(flat, 3.0, -3 * np.log([0.5, 2.0, 1.0])), means, rtol=1e-9)
+    never = np.array([[1.0, 0.0, 0.0]])  # an expert that top_k never chose
+    np.testing.assert_allclose(pooled(never, 0.5, np.zeros(3))[0, 1:], 0.01 / 1.02, rtol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[Backbone, Any]:
+    """With experts that add nothing, so that no layer's input follows the routing below it."""
+    draw = np.random.default_rng(5)
+    shapes = nn.unbox(abstract_params(CONFIG))
+    backbone = Backbone(CONFIG, jax.tree.map(lambda x: f32(draw.normal(size=x.shape) * 0.5), shapes))
+    return backbone, {name: init_expert(CONFIG, 2, 4.0, ("gate", "down"), 0, name) for name in NAMES}
+
+
+SHARPNESS = np.array([[1.7, 0.4, 3.0], [0.9, 2.5, 1.1]])
+SHIFT = np.array([[0.3, -1.2, 0.5], [0.0, 0.8, -0.4]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sharpness", "shift", "changes"),
+    [
+        ("temperature", np.float64(2.3), np.zeros(()), {}),
+        ("expert", SHARPNESS[0], SHIFT[0], {}),
+        ("layer", SHARPNESS, SHIFT, {}),
+        ("expert", SHARPNESS[0], SHIFT[0], {"router_scope": "shared", "top_k": 2}),
+        ("layer", SHARPNESS, SHIFT, {"router_scope": "shared"}),
+    ],
+)
+def test_a_calibrated_router_routes_by_the_fitted_sharpness_and_shift(
+    model: tuple[Backbone, Any], kind: str, sharpness: np.ndarray, shift: np.ndarray, changes: dict[str, Any]
+) -> None:
+    backbone, vectors = model
+    router = tx.init_router(backbone, vectors, gamma_similarity="uniform", **changes)
+    router = dataclasses.replace(router, kernel=60 * router.kernel, bias=router.bias + f32([0.2, -0.3, 0.1]))
+    tokens = jnp.asarray(DRAW.integers(0, 20, (2, 6)))
+    experts = stack(list(vectors.values()))
+
+    @jax.jit
+    def run(router: Router) -> Any:
+        _, aux, _ = hidden_states(
+            backbone.params, CONFIG, tokens, jnp.ones(tokens.shape, bool), experts=experts, router=router
+        )
+        return aux
+
+    z = np.asarray(run(router)["z"], np.float64)  # [L,B,S,E]
+    scaled = np.broadcast_to(sharpness, (2, 3))[:, None, None] * z + np.broadcast_to(shift, (2, 3))[:, None, None]
+    if "top_k" in changes:
+        scaled = np.where(scaled > scaled.min(axis=-1, keepdims=True), scaled, -np.inf)
+    expected = np.exp(scaled) / np.exp(scaled).sum(axis=-1, keepdims=True)
+    after = calibrated(router, 1 / sharpness, shift / sharpness, kind)
+    np.testing.assert_allclose(run(after)["pi"], expected, rtol=1e-4, atol=1e-7)
+    assert after.config == dataclasses.replace(router.config, calibration=kind)

@@ -189,7 +189,7 @@ def test_whole_feed_forwards_equal_the_naive_mixture_forward_and_backward(
     expected = naive(*(wide(x) for x in (layer.mlp, layer.experts, layer.u, layer.alpha)), False)
     near(found, expected, 2e-6)
     jax.tree.map(lambda x, y: near(x, y, 1e-5), gradients, naive_gradients(layer, wide(seen), False))
-    made = full_experts(layer.mlp, layer.experts)  # once, for a caller that runs the layer often
+    made = full_experts(layer.mlp, layer.experts, count)  # once, for a caller that runs the layer often
     assert [sorted(kernels) for kernels in made] == [sorted(sites)] * count
     near(full_mixture(layer.mlp, made, layer.u, layer.alpha, "silu"), expected, 2e-6)
 
@@ -200,7 +200,7 @@ def test_whole_experts_of_a_narrow_base_are_rounded_once() -> None:
     sites = {"a": normal(draw, (layers, 3, D, R)), "b": normal(draw, (layers, 3, R, F)), "scale": jnp.ones((layers, 3))}
     dense = wide(kernel.astype(jnp.float32))[:, None] + np.einsum("le,leir,lero->leio", *own(wide(sites)))
     for base in (kernel, bits(kernel)):
-        made = full_experts({"gate": {"kernel": base}}, {"gate": sites})
+        made = full_experts({"gate": {"kernel": base}}, {"gate": sites}, 3)
         assert {x["gate"].dtype for x in made} == {base.dtype}
         found = np.stack([np.asarray(unpacked(x["gate"]), np.float64) for x in made], axis=1)
         # half a unit in the last of bfloat16's 8 bits, and what float32 sums may move a tie
@@ -521,32 +521,28 @@ def test_the_model_of_whole_experts_is_the_shared_one(backbone: Backbone, quick_
         "honest": TaskVector({site: honest[site] for site in ("gate", "up")}),
     }
     own, mask = stack(list(vectors.values())), jnp.ones(TOKENS.shape, bool)
+    fresh = tx.init_router(backbone, vectors, gamma_similarity="uniform", attention_deltas="route", top_k=2)
+    shared = dataclasses.replace(fresh, kernel=50 * fresh.kernel)
+    full = dataclasses.replace(shared, config=dataclasses.replace(shared.config, mixing="full"))
+    make = jax.jit(prepared)
 
-    def routed(mixing: str) -> tx.Router:
-        router = tx.init_router(backbone, vectors, mixing=mixing, attention_deltas="route", top_k=2)
-        return dataclasses.replace(router, kernel=50 * router.kernel)
-
-    def run(experts: Any, router: tx.Router, params: Any = backbone.params) -> tuple[jax.Array, jax.Array]:
+    @jax.jit
+    def run(params: Any, experts: Any, router: tx.Router) -> tuple[jax.Array, jax.Array]:
         hidden, aux, _ = hidden_states(params, CONFIG, jnp.asarray(TOKENS), mask, experts=experts, router=router)
         assert aux is not None
         return hidden, aux["pi"]
 
-    shared, pi = run(own, routed("outputs"))
-    made = prepared(backbone.params, own, routed("full"))
-    for experts in (own, made):
-        found, routing = run(experts, routed("full"))
-        near(found, shared, 1e-5)
-        near(routing, pi, 1e-5)
-    assert prepared(backbone.params, own, routed("outputs")) is own
+    expected = run(backbone.params, own, shared)
+    for experts in (own, make(backbone.params, own, full)):
+        jax.tree.map(lambda x, y: near(x, y, 1e-5), run(backbone.params, experts, full), expected)
+    assert prepared(backbone.params, own, shared) is own
     assert prepared(backbone.params, own, None) is own
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), backbone.params)
-    expected, _ = run(own, routed("full"), narrow)
-    bits_of = packed(narrow)
-    found, _ = run(prepared(bits_of, own, routed("full")), routed("full"), bits_of)
-    np.testing.assert_array_equal(found, expected)
-    prompts = [[3, 5, 7, 11], [2, 9]]
+    as_bits = packed(narrow)
+    found, _ = run(as_bits, make(as_bits, own, full), full)
+    near(found, run(narrow, own, full)[0], 1e-6)
     answers = [
-        generate_ids(backbone, prompts, experts=vectors, router=routed(mixing), max_new_tokens=6)
-        for mixing in ("outputs", "full")
+        generate_ids(backbone, [[3, 5, 7, 11], [2, 9]], experts=vectors, router=router, max_new_tokens=6)
+        for router in (shared, full)
     ]
     assert answers[0] == answers[1]

@@ -17,7 +17,7 @@ from trinityx_jax.backbone.model import abstract_params
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import FEED_FORWARD, TaskVector, stack
 from trinityx_jax.mocae import MoCaEConfig, Router, hidden_states, init_router, losses, preset
-from trinityx_jax.mocae.config import CHOICES, FLAGS, PRESETS
+from trinityx_jax.mocae.config import CHOICES, FLAGS, LAMBDAS, PRESETS
 from trinityx_jax.mocae.router import extended, logits, mixture_weights, per_layer, probabilities
 from trinityx_jax.training.step import after_stage_2, router_loss, trained_router
 
@@ -118,6 +118,9 @@ def test_presets_are_the_ones_of_the_method() -> None:
     assert preset("literal", lambda_gate=0.2).lambda_gate == 0.2
 
 
+QUIET = {**{f"lambda_{name}": 0.0 for name in LAMBDAS}, "calibration": "none"}
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -138,8 +141,13 @@ def test_presets_are_the_ones_of_the_method() -> None:
         ({"train_gamma": True, "gamma_dynamic": True}, "gamma_dynamic"),
         ({"lambda_norm": 0.1}, "lambda_norm: has no effect on frozen experts"),
         *(
-            ({"routing": "uniform", "output": "layernorm", name: True}, f"{name}: nothing is trained")
-            for name in ("train_experts", "train_gamma", "train_norm", "gamma_dynamic")
+            ({**QUIET, "routing": "uniform", "output": "layernorm", name: value}, f"{name}: .*where routing is uniform")
+            for name, value in [
+                *((name, True) for name in ("train_experts", "train_gamma", "train_norm", "gamma_dynamic")),
+                *((f"lambda_{name}", 0.1) for name in LAMBDAS if name != "norm"),
+                ("top_k", 2),
+                ("calibration", "temperature"),
+            ]
         ),
         ({"temprature": 1.0}, r"temprature.*nearest: temperature"),
     ],
@@ -225,7 +233,7 @@ CHANGES: list[tuple[str, Any, dict[str, Any]]] = [
     ("train_gamma", True, {}),
     ("train_norm", True, {"output": "layernorm"}),
     *(
-        (name, value, {})
+        (name, value, QUIET if name == "routing" else {})
         for name, allowed in CHOICES.items()
         for value in allowed[1:]
         if value not in ALIKE and name not in ELSEWHERE

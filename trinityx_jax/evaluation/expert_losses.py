@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.interpolate import CubicSpline
 
 from trinityx_jax.backbone import Backbone, unembed
 from trinityx_jax.backbone.products import activations, packed
@@ -19,6 +21,7 @@ from trinityx_jax.mocae.calibration import softmax
 from trinityx_jax.training.calibration import Target, balanced
 from trinityx_jax.training.loss import CHUNK
 
+log = logging.getLogger(__name__)
 TEMPERATURES = np.geomspace(0.5, 2.0, 13)  # of an expert's logits; the least loss between them is interpolated
 
 
@@ -55,13 +58,14 @@ class ExpertLosses:
 
 
 def _least(sums: np.ndarray) -> float:
-    """Where sums over the grid are least, by a parabola in log T through the three points there."""
+    """Where sums over the grid are least, by a spline in log T through them."""
     x, at = np.log(TEMPERATURES), int(np.argmin(sums))
     if at in (0, len(x) - 1):
+        log.warning("an expert's temperature is not between %.2f and %.2f", TEMPERATURES[0], TEMPERATURES[-1])
         return float(TEMPERATURES[at])
-    left, middle, right = sums[at - 1 : at + 2]
-    step = 0.5 * (left - right) / (left - 2 * middle + right)
-    return float(np.exp(x[at] + step * (x[1] - x[0])))
+    spline = CubicSpline(x, sums)
+    flat = [root for root in spline.derivative().roots() if x[at - 1] <= root <= x[at + 1]]
+    return float(np.exp(min(flat, key=spline, default=x[at])))
 
 
 def expert_losses(

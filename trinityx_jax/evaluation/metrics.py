@@ -155,6 +155,8 @@ def token_report(pi: Sequence[np.ndarray], labels: np.ndarray, **options: Any) -
 
     A row's predictions share its weight, and intervals resample rows: tokens of a row are not independent.
     """
+    if not len(pi):
+        raise UserError("a metric of no rows is not defined")
     count = pi[0].shape[-1]
     gaps: dict[str, list[Any]] = {"ece15": [], "ece10": [], "classwise_ece": []}
     other = []
@@ -176,7 +178,7 @@ def token_report(pi: Sequence[np.ndarray], labels: np.ndarray, **options: Any) -
 def _token_reliability(pi: Sequence[np.ndarray], labels: np.ndarray, bins: int) -> list[dict[str, float]]:
     """As ``reliability``; ``count`` is in rows, whose predictions share one."""
     count = pi[0].shape[-1]
-    confidence = [own.reshape(-1, count).max(axis=1) for own in pi]
+    confidence = [own.reshape(-1, count).max(axis=1).astype(np.float64) for own in pi]
     hit = [own.reshape(-1, count).argmax(axis=1) == label for own, label in zip(pi, labels, strict=True)]
     weight = np.concatenate([np.full(len(own), 1.0 / len(own)) for own in confidence])
     which = np.minimum((np.concatenate(confidence) * bins).astype(int), bins - 1)

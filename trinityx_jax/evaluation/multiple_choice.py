@@ -76,6 +76,8 @@ def encode_choices(questions: Sequence[Question], tokenizer: Any, prompt: str = 
     Args:
         prompt: ``six-shot``, lm-eval's; ``template``, the question alone in the tokenizer's own.
     """
+    if not questions:
+        return []
     pairs = [(q.question, answer) for q in questions for answer in q.single]
     pairs += [(q.question, answer) for q in questions for answer in q.answers]
     if prompt == "template":

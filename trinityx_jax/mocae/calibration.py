@@ -9,6 +9,8 @@ import numpy as np
 
 from trinityx_jax.mocae.router import Router
 
+SMALLEST = 1e-4  # of a mean pi, where a selection of experts leaves some out of a short row
+
 
 def softmax(x: np.ndarray) -> np.ndarray:
     """Over the last axis."""
@@ -42,7 +44,7 @@ def pooled(means: np.ndarray, sharpness: float, bias: np.ndarray) -> np.ndarray:
     A mean of calibrated forecasts is under-confident (Ranjan and Gneiting, 2010): tokens that cannot know the
     objective yet count as much as those that do. This undoes it; a router's ``pool`` holds the two.
     """
-    return softmax(sharpness * np.log(means + 1e-20) + bias)
+    return softmax(sharpness * np.log(np.maximum(means, SMALLEST)) + bias)
 
 
 def calibrated(router: Router, temperature: np.ndarray, bias: np.ndarray, kind: str) -> Router:

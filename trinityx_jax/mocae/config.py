@@ -103,9 +103,12 @@ class MoCaEConfig:
         if self.lambda_norm and not self.train_experts:
             raise UserError("mocae.lambda_norm: has no effect on frozen experts (train_experts)")
         if self.routing == "uniform":
-            for name in ("train_experts", "train_gamma", "train_norm", "gamma_dynamic"):
+            lambdas = [f"lambda_{name}" for name in LAMBDAS]
+            for name in ("top_k", "train_experts", "train_gamma", "train_norm", "gamma_dynamic", *lambdas):
                 if getattr(self, name):
-                    raise UserError(f"mocae.{name}: nothing is trained where routing is uniform")
+                    raise UserError(f"mocae.{name}: has no effect where routing is uniform (preset: uniform sets none)")
+            if self.calibration != "none":
+                raise UserError("mocae.calibration: there is nothing to calibrate where routing is uniform")
 
 
 PRESETS: dict[str, MoCaEConfig] = {

@@ -110,5 +110,5 @@ def norm_loss(mlp: Mapping[str, Any], experts: Experts) -> jax.Array:
         cross = jnp.einsum("lio,leir,lero->le", kernel, a, b, precision="highest")
         own = jnp.einsum("leir,leiq,lero,leqo->le", a, a, b, b, precision="highest")
         square = jnp.sum(kernel**2, axis=(1, 2))[:, None] + 2 * scale * cross + scale**2 * own
-        total = total + jnp.sum(jnp.sqrt(square)) / len(kernel)
+        total = total + jnp.sum(jnp.sqrt(jnp.maximum(square, TINY))) / len(kernel)
     return total

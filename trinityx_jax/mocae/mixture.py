@@ -121,18 +121,18 @@ def weight_mixture(mlp: Mlp, experts: lora.Experts, u: jax.Array, alpha: jax.Arr
     return site("down", act(site("gate", u)) * site("up", u))
 
 
-def full_experts(mlp: Mlp, experts: lora.Experts) -> list[dict[str, jax.Array]]:
+def full_experts(mlp: Mlp, experts: lora.Experts, count: int) -> list[dict[str, jax.Array]]:
     """Each expert's own weights W + dW by site, [L,in,out] from factors [L,E,...] or [in,out] in a layer.
 
     An array for each expert: slices of one for all would be copied in every layer.
     """
-    count, layered = next(iter(experts.values()))["scale"].shape[-1], next(iter(experts.values()))["scale"].ndim > 1
 
     def whole(site: str, e: int) -> jax.Array:
         kernel = unpacked(mlp[site]["kernel"])
-        a, b, scale = (experts[site][key][:, e] if layered else experts[site][key][e] for key in ("a", "b", "scale"))
-        own = (kernel + jnp.einsum("...,...ir,...ro->...io", scale, a, b)).astype(kernel.dtype)
-        return bits(own) if mlp[site]["kernel"].dtype == jnp.uint16 else own
+        own = {key: x[:, e] if kernel.ndim > 2 else x[e] for key, x in experts[site].items()}
+        delta = jnp.einsum("...,...ir,...ro->...io", own["scale"], own["a"], own["b"])
+        out = (kernel + delta).astype(kernel.dtype)
+        return bits(out) if mlp[site]["kernel"].dtype == jnp.uint16 else out
 
     return [{site: whole(site, e) for site in experts} for e in range(count)]
 
@@ -142,7 +142,7 @@ def full_mixture(mlp: Mlp, experts: Any, u: jax.Array, alpha: jax.Array, activat
 
     experts: this layer's factors, or its slice of ``full_experts``.
     """
-    own = full_experts(mlp, experts) if isinstance(experts, Mapping) else experts
+    own = full_experts(mlp, experts, alpha.shape[-1]) if isinstance(experts, Mapping) else experts
     total = jnp.zeros(u.shape, jnp.float32)
     for e, kernels in enumerate(own):
         weights = {site: {**x, "kernel": unpacked(kernels.get(site, x["kernel"]))} for site, x in mlp.items()}

@@ -27,7 +27,7 @@ def prepared(base: Mapping[str, Any], experts: Experts, router: Router | None) -
     if router is None or router.config.mixing != "full":
         return experts
     own, attention = split_sites(experts)
-    return Prepared(mixture.full_experts(base["blocks"], own), attention)
+    return Prepared(mixture.full_experts(base["blocks"], own, len(router.names)), attention)
 
 
 def hidden_states(

@@ -16,7 +16,7 @@ from trinityx_jax.backbone.products import activations, packed
 from trinityx_jax.data.batching import evaluation_batches
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.mocae import Router, hidden_states, token_routing
-from trinityx_jax.mocae.calibration import calibrated, row_means, selected, softmax
+from trinityx_jax.mocae.calibration import SMALLEST, calibrated, row_means, softmax
 from trinityx_jax.mocae.calibration import probabilities as numpy_probabilities
 
 ROUNDS = 3  # a layer's logits move a little when the layers below mix otherwise
@@ -86,7 +86,7 @@ def calibrate(
     found = router
     for _ in range(ROUNDS if kind != "none" else 0):
         z = reader.logits(found, rows)
-        sharpness, shift = fit(z, targets, kind, 1.0 / np.asarray(router.temperature), router.config.top_k)
+        sharpness, shift = fit(z, targets, kind, 1.0 / np.asarray(router.temperature))
         found = calibrated(found, 1.0 / sharpness, shift / sharpness, kind)
     z = reader.logits(found, rows)
     pool: dict[str, jax.Array] = {}
@@ -98,12 +98,13 @@ def calibrate(
 
 
 def fit(
-    z: Sequence[np.ndarray], targets: Sequence[Target], kind: str, start: np.ndarray, top_k: int | None
+    z: Sequence[np.ndarray], targets: Sequence[Target], kind: str, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(sharpness, shift) of softmax(sharpness z + shift) [S,L,E] nearest the targets: [], [E] or [L,E] each.
 
-    Convex for all experts selected. A weak pull, a row's worth, towards the start and no shift keeps separable
-    rows from an infinite sharpness and takes the freedom of adding one number to all shifts.
+    Of all experts' probabilities, before ``top_k`` selects some, so it is convex. A weak pull, a row's worth, towards
+    the start and no shift keeps separable rows from an infinite sharpness and takes the freedom of adding one number
+    to all shifts.
     """
     flat = np.concatenate([own[t.counts] for own, t in zip(z, targets, strict=True)]).astype(np.float64)  # [N,L,E]
     q = np.concatenate([np.broadcast_to(t.q, (len(t.counts), t.q.shape[-1]))[t.counts] for t in targets])
@@ -111,9 +112,9 @@ def fit(
     layers, count = flat.shape[1:]
     begin = np.broadcast_to(start, (layers, count))
     if kind == "layer":
-        parts = [_fit_one(flat[:, [i]], q, weight, begin[i], len(targets), top_k) for i in range(layers)]
+        parts = [_fit_one(flat[:, [i]], q, weight, begin[i], len(targets)) for i in range(layers)]
         return tuple(np.stack(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
-    sharpness, shift = _fit_one(flat, q, weight, begin.mean(axis=0), len(targets), top_k, tied=kind == "temperature")
+    sharpness, shift = _fit_one(flat, q, weight, begin.mean(axis=0), len(targets), tied=kind == "temperature")
     return (sharpness[0], np.zeros(())) if kind == "temperature" else (sharpness, shift)
 
 
@@ -123,7 +124,6 @@ def _fit_one(
     weight: np.ndarray,
     start: np.ndarray,
     rows: int,
-    top_k: int | None,
     tied: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One sharpness and shift [E] for all layers of z [N,L,E]; ``tied``: one sharpness for all experts, no shift."""
@@ -131,11 +131,9 @@ def _fit_one(
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
         w, c = (np.full(count, x[0]), np.zeros(count)) if tied else (x[:count], x[count:])
-        scaled = selected(z * w + c, top_k)
-        p, kept = softmax(scaled), np.isfinite(scaled)
-        inside = np.where(kept, q[:, None], 0.0)
-        value = -np.einsum("nle,nle,n->", inside, np.log(p + 1e-20), weight) / layers
-        slope = (p * inside.sum(axis=-1, keepdims=True) - inside) * weight[:, None, None] / layers
+        p = softmax(z * w + c)
+        value = -np.einsum("ne,nle,n->", q, np.log(p + 1e-20), weight) / layers
+        slope = (p - q[:, None]) * weight[:, None, None] / layers
         dw, dc = np.einsum("nle,nle->e", slope, z), slope.sum(axis=(0, 1))
         far = w / start - 1.0
         value += 0.5 * (np.mean(far**2) + np.mean(c**2)) / rows
@@ -151,7 +149,7 @@ def _fit_one(
 def fit_pool(z: Sequence[np.ndarray], targets: Sequence[Target], router: Router) -> tuple[float, np.ndarray]:
     """Sharpness [] and bias [E] that make a row's mean pi its probabilities (``mocae.calibration.pooled``)."""
     pi = [numpy_probabilities(own, np.asarray(router.temperature), router.config.top_k) for own in z]
-    means = np.log(row_means(pi) + 1e-20)
+    means = np.log(np.maximum(row_means(pi), SMALLEST))
     q = np.stack([np.broadcast_to(t.q, (len(t.counts), t.q.shape[-1]))[t.counts].mean(axis=0) for t in targets])
     count, weight = q.shape[1], np.asarray([t.weight for t in targets])[:, None]
 

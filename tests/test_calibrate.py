@@ -1,0 +1,205 @@
+"""``trinityx calibrate`` on a run of the tiny model: what it writes, that it begins anew, and its numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from sklearn.metrics import brier_score_loss, log_loss
+
+import trinityx_jax as tx
+from trinityx_jax import cli
+from trinityx_jax.calibrate import MEAN, POOLED, PROMPTS, ROWS, TOKENS, UNSEEN
+from trinityx_jax.config import load_config
+from trinityx_jax.data.templates import Encoded
+from trinityx_jax.evaluation.heldout import load_held_out
+from trinityx_jax.runs import open_run
+from trinityx_jax.training.rows import load_training_rows
+
+NAMES = ("helpful", "harmless", "honest")
+LABELS = np.repeat(np.arange(3), 4)  # of the test rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quick_compilation: None) -> None:
+    """Small programs that run a few times."""
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything that a folder holds."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "calibration" / "results.json").read_text(encoding="utf-8"))
+
+
+def forward(run: Any, rows: list[Encoded], router: tx.Router) -> list[np.ndarray]:
+    """Each row's pi [S,L,E] by a plain forward pass."""
+    size = max(len(row.ids) for row in rows)
+    tokens = np.stack([np.pad(row.ids, (0, size - len(row.ids))) for row in rows])
+    mask = np.arange(size) < np.array([[len(row.ids)] for row in rows])
+    _, pi = tx.forward(run.backbone, tokens, experts=run.vectors, router=router, mask=mask)
+    return [own[real] for own, real in zip(np.asarray(pi, np.float64), mask, strict=True)]
+
+
+def same_metrics(report: dict[str, Any], p: np.ndarray, labels: np.ndarray) -> None:
+    """Accuracy, Brier and NLL of rows' probabilities [n,E]."""
+    p = p / p.sum(axis=1, keepdims=True)
+    assert report["accuracy"]["n"] == len(labels)
+    assert report["accuracy"]["value"] == pytest.approx(np.mean(p.argmax(axis=1) == labels))
+    brier = brier_score_loss(labels, p, scale_by_half=False, labels=[0, 1, 2])
+    assert report["brier"]["value"] == pytest.approx(brier, abs=1e-5)
+    assert report["nll"]["value"] == pytest.approx(log_loss(labels, p, labels=[0, 1, 2]), abs=1e-5)
+
+
+def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
+    before = files(run)
+    opened = open_run(run)
+    start = tx.load_router(run / "router-uncalibrated")
+    config = load_config(run / "config-router.yaml")
+    held = load_held_out(config, list(NAMES), opened.backbone)
+    assert held.objective.tolist() == LABELS.tolist()
+    # prompts of files that the run does not know, in another schema: by construction the held-out ones
+    unseen = []
+    for index, name in enumerate(NAMES):
+        prompts = [p.chosen.prompt for p, i in zip(held.pairs, held.objective, strict=True) if i == index]
+        lines = [json.dumps({"instruction": text, "input": "", "output": ""}) for text in [*prompts, "One more."]]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        given = {"": tmp_path / f"{name}.jsonl", "_format": "alpaca", "_split": "all", "_limit": 4}
+        unseen += [part for key, value in given.items() for part in (f"--data.{name}.unseen{key}", str(value))]
+    assert cli.main(["calibrate", str(run), "--fit", "expert", *unseen, "--evaluate.bootstrap", "100"]) == 0
+    shown = capsys.readouterr().out
+    assert all(
+        heading in shown for heading in ("class ECE", "against the best expert", "unseen prompts, n = 12", "0.667")
+    )
+
+    after, found = files(run), results(run)
+    written = {name for name, content in after.items() if before.get(name) != content}
+    assert written == {
+        "router/router.safetensors", "router/router.json", "run.json", "calibration/results.json",
+        "calibration/reliability-token.svg", "calibration/reliability-row.svg",
+    }  # fmt: skip
+    assert after.keys() - before.keys() == {name for name in written if name.startswith("calibration/")}
+    router = tx.load_router(run)
+    assert router.config.calibration == "expert"
+    assert router.temperature.shape == (3,)
+    np.testing.assert_array_equal(router.kernel, start.kernel)
+    assert np.any(router.bias != start.bias)
+    assert found["temperature"]["after"] == np.asarray(router.temperature).tolist()
+    assert found["pool"] == {key: np.asarray(x).tolist() for key, x in router.pool.items()}
+    assert json.loads(after["run.json"])["stages"]["router"]["temperature"] == found["temperature"]["after"]
+    calibration = load_training_rows(config, opened.backbone, together=True).calibration
+    counts = {"calibration": [len(calibration[name]) for name in NAMES]} | dict.fromkeys(
+        (ROWS, PROMPTS, UNSEEN), [4] * 3
+    )
+    assert found["rows"] == counts
+
+    routing = found["routing"]
+    assert {what: set(by_label) for what, by_label in routing.items()} == {
+        ROWS: {"objective", "best expert"}, PROMPTS: {"objective"}, UNSEEN: {"objective"},
+    }  # fmt: skip
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), routing[UNSEEN], routing[PROMPTS])
+    assert routing[PROMPTS] != {"objective": routing[ROWS]["objective"]}
+    losses = []  # of each expert alone on each row's answer, a token
+    for name in NAMES:
+        size = max(len(row.ids) for row in held.chosen)
+        tokens = np.stack([np.pad(row.ids, (0, size - len(row.ids))) for row in held.chosen])
+        logits = np.asarray(tx.forward(opened.backbone, tokens, experts=opened.vectors, weights={name: 1.0})[0])
+        losses.append([
+            log_loss(row.ids[row.prompt_length :], own / own.sum(axis=1, keepdims=True), labels=range(own.shape[1]))
+            for row, whole in zip(held.chosen, np.exp(logits - logits.max(axis=-1, keepdims=True)), strict=True)
+            for own in [whole[row.prompt_length - 1 : len(row.ids) - 1].astype(np.float64)]
+        ])  # fmt: skip
+    best = np.argmin(losses, axis=0)
+    for state, own in (("before", start), ("after", router)):
+        pi = forward(opened, held.chosen, own)
+        for what, pool in ((ROWS, "row"), (PROMPTS, "prompt")):
+            ends = [row.prompt_length if what == PROMPTS else len(row.ids) for row in held.chosen]
+            cut = [x[:end] for x, end in zip(pi, ends, strict=True)]
+            means = np.stack([x.mean(axis=(0, 1)) for x in cut])
+            for label, index in {"objective": LABELS, "best expert": best}.items():
+                if label not in routing[what]:
+                    continue
+                readings = routing[what][label]
+                same_metrics(readings[MEAN][state], means, index)
+                nll = np.mean([-np.log(x[..., i]).mean() for x, i in zip(cut, index, strict=True)])
+                assert readings[TOKENS][state]["nll"]["value"] == pytest.approx(nll, abs=1e-5)
+                assert (POOLED in readings) and set(readings[POOLED]) == {"after"}
+                if state == "after":
+                    sharpness, bias = (
+                        np.asarray(router.pool[f"{pool}_{x}"], np.float64) for x in ("sharpness", "bias")
+                    )
+                    p = means**sharpness * np.exp(bias)
+                    same_metrics(readings[POOLED][state], p, index)
+
+
+def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(run: Path) -> None:
+    stage_2 = tx.load_router(run)  # calibrated as its configuration says, when it was trained
+    uncalibrated = (run / "router-uncalibrated" / "router.safetensors").read_bytes()
+    assert cli.main(["calibrate", str(run), "--fit=layer", "--to", "token"]) == 0
+    other, begun = tx.load_router(run), results(run)
+    assert (begun["fit"], begun["to"]) == ("layer", "token")
+    assert other.temperature.shape == (2, 3)
+    assert cli.main(["calibrate", str(run)]) == 0
+    again, found = tx.load_router(run), results(run)
+    assert (found["fit"], found["to"]) == ("temperature", "objective")
+    assert again.config == stage_2.config
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), again, stage_2)
+    assert not np.allclose(other.pool["row_bias"], again.pool["row_bias"], rtol=0.05)
+    for key in ("temperature", "routing"):  # both were measured against the same router
+        assert before_of(begun[key]) == before_of(found[key])
+    assert (run / "router-uncalibrated" / "router.safetensors").read_bytes() == uncalibrated
+
+
+def before_of(tree: Any) -> list[Any]:
+    """What stands under ``before`` anywhere in a tree."""
+    if not isinstance(tree, dict):
+        return []
+    return [x for key, value in tree.items() for x in ([value] if key == "before" else before_of(value))]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--to", "rows"], "--to: 'rows' is not one of objective, row, token"),
+        (["--fit", "best"], "'best' is not one of"),
+        (["--fit", "none"], "'none' is not one of temperature, expert, layer"),
+        (["--train.steps", "2"], "--train.steps: has no effect"),
+        (["--data.honest.source", "samples/honest-test.csv"], "--data.honest.source: has no effect"),
+        (["--data.honest.unseen_limit", "2"], "unseen_limit: this key has no effect without unseen"),
+        (["--data.honest.unseen", "nowhere.csv"], "nowhere.csv: no such file"),
+        (["--fit"], "--fit"),
+    ],
+)
+def test_wrong_flags_are_one_sentence_and_change_nothing(
+    capsys: pytest.CaptureFixture[str], run: Path, flags: list[str], says: str
+) -> None:
+    before = files(run)
+    assert cli.main(["calibrate", str(run), *flags]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
+    assert len(said) == 1
+    assert said[0].startswith("trinityx: ")
+    assert says in said[0]
+    assert files(run) == before
+
+
+def test_a_run_without_a_router_is_refused(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    info = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    del info["stages"]["router"]
+    (run / "run.json").write_text(json.dumps(info), encoding="utf-8")
+    assert cli.main(["calibrate", str(run)]) == 2
+    assert "has no router yet" in capsys.readouterr().err
+    assert not (run / "calibration").exists()
+    assert cli.main(["calibrate"]) == 2
+    assert "calibrate: name a run folder first" in capsys.readouterr().err

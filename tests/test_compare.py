@@ -1,0 +1,158 @@
+"""Comparisons and sweeps: the same numbers as a run's own evaluation, kept, averaged over seeds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trinityx_jax import cli, compare
+from trinityx_jax.config import load_config
+from trinityx_jax.evaluation.metrics import log_perplexity_difference, perplexity
+
+BASELINES = Path(__file__).parents[1] / "configs" / "baselines"
+ABLATIONS = BASELINES.parent / "ablations"
+NAMES = ("helpful", "harmless", "honest")
+
+
+def flat(estimate: dict[str, Any]) -> list[float]:
+    """An estimate's numbers."""
+    return [estimate["value"], estimate["n"], *estimate["interval"]]
+
+
+@pytest.fixture(scope="module")
+def router_config(tiny_config: Path, tiny_run: Path, tmp_path_factory: Any) -> Path:
+    """Stage 2's configuration, taking its experts from the finished run."""
+    path = tmp_path_factory.mktemp("compare") / "router.yaml"
+    text = tiny_config.with_name("router.yaml").read_text()
+    path.write_text(text + f"experts: {{from: {tiny_run}}}\nevaluate: {{bootstrap: 100}}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(router_config: Path, tmp_path_factory: Any) -> tuple[Path, list[str]]:
+    """A comparison of six systems, and the command that made it."""
+    out = tmp_path_factory.mktemp("out")
+    files = [BASELINES / f"{name}.yaml" for name in ("base", "honest", "naive-merge", "oracle", "uniform")]
+    command = ["compare", str(router_config), *map(str, [*files, ABLATIONS / "recommended.yaml"]), "--out", str(out)]
+    assert cli.main(command) == 0
+    return out, command
+
+
+def test_numbers_are_those_of_the_run_s_own_evaluation(compared: Any, tiny_run: Path, tmp_path: Path) -> None:
+    """The run and the variant ``recommended`` have one configuration, so they are one model."""
+    found = json.loads((compared[0] / "comparison.json").read_text())
+    assert cli.main(["evaluate", str(tiny_run), "--out", str(tmp_path), "--evaluate.bootstrap", "100"]) == 0
+    own = json.loads((tmp_path / "results.json").read_text())
+    same = {"base": "base", "honest": "honest", "naive-merge": "naive merge", "recommended": "MoCaE"}
+    for label, system in same.items():
+        for measure in ("perplexity", "preference"):
+            for name in NAMES:
+                mine, theirs = found["systems"][label][measure][name], own[measure][system][name]
+                assert mine["n"] == theirs["n"]
+                np.testing.assert_allclose(mine["value"], theirs["value"], rtol=1e-4)
+                np.testing.assert_allclose(mine["interval"], theirs["interval"], rtol=1e-4)
+    for name in NAMES:
+        best = own["perplexity"][name][name]["value"]
+        np.testing.assert_allclose(found["systems"]["oracle"]["perplexity"][name]["value"], best, rtol=1e-5)
+        np.testing.assert_allclose(found["difference"]["recommended"]["base"][name]["value"],
+                                   own["difference"]["MoCaE"][name]["value"], rtol=1e-4)  # fmt: skip
+    routing, theirs = found["systems"]["recommended"]["routing"]["row mean"], own["routing"]["held-out rows"]
+    for metric in ("accuracy", "ece15", "brier"):
+        np.testing.assert_allclose(routing[metric]["value"], theirs[metric]["value"], rtol=1e-4)
+    uniform = found["systems"]["uniform"]
+    np.testing.assert_allclose(uniform["routing"]["row mean"]["brier"]["value"], 2 / 3, rtol=1e-6)
+    assert uniform["cost"]["forward"] > 0
+    assert found["systems"]["base"]["cost"]["memory"] == 1
+    assert "train_seconds" in found["systems"]["recommended"]["cost"]
+
+
+def test_what_is_done_is_not_done_again(compared: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, command = compared
+    first = (out / "comparison.json").read_bytes()
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(compare, "train_router", never)
+    monkeypatch.setattr(compare.Comparison, "_measure", never)
+    assert cli.main(command) == 0
+    assert (out / "comparison.json").read_bytes() == first
+    table = capsys.readouterr().out
+    assert "recommended" in table
+    assert "Log perplexity less that of base" in table
+    assert (out / "comparison.md").read_text().count("| oracle |") == 4
+
+
+def test_a_sweep_over_seeds_averages_them(router_config: Path, tiny_run: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        shutil.copytree(tiny_run, tmp_path / f"experts-{seed}")
+    out = tmp_path / "out"
+    command = [
+        "sweep", str(router_config), "--over", "mocae.temperature=0.3,3", "--over", "train.steps=1", "--seeds", "0,1",
+        "--out", str(out), "--experts.from", str(tmp_path / "experts-{seed}"), "--mocae.calibration", "none",
+    ]  # fmt: skip
+    assert cli.main(command) == 0
+    found = json.loads((out / "comparison.json").read_text())
+    assert list(found["systems"]) == ["temperature=0.3 steps=1", "temperature=3 steps=1"]
+    folders = [out / f"temperature={t}_steps=1" / f"seed-{seed}" for t in ("0.3", "3") for seed in (0, 1)]
+    configs = [load_config(folder / "config-router.yaml") for folder in folders]
+    assert [(c.seed, c.mocae_config().temperature, c.train.steps) for c in configs] == [
+        (0, 0.3, 1), (1, 0.3, 1), (0, 3, 1), (1, 3, 1),
+    ]  # fmt: skip
+    assert [c.experts.source for c in configs[:2]] == [str(tmp_path / f"experts-{seed}") for seed in (0, 1)]
+    columns = [np.load(folder / "comparison.npz") for folder in folders]
+    for place, system in enumerate(found["systems"].values()):
+        pair = columns[2 * place : 2 * place + 2]
+        n = len(pair[0]["objective"])
+        for index, name in enumerate(NAMES):
+            rows = np.flatnonzero(pair[0]["objective"] == index)
+            nll = np.mean([own["nll"][:n][rows] for own in pair], axis=0)
+            expected = perplexity(nll, pair[0]["tokens"][:n][rows], resamples=100)
+            assert flat(system["perplexity"][name]) == pytest.approx(flat(expected.as_dict()))
+            alone = [seed["perplexity"][name] for seed in system["seeds"]]
+            np.testing.assert_allclose(system["perplexity"][name]["value"], np.sqrt(np.prod(alone)), rtol=1e-6)
+            other = np.mean([own["nll"][:n][rows] for own in columns[2 - 2 * place : 4 - 2 * place]], axis=0)
+            gap = log_perplexity_difference(nll, other, pair[0]["tokens"][:n][rows], resamples=100)
+            label = list(found["systems"])[place]
+            other_label = list(found["systems"])[1 - place]
+            assert flat(found["difference"][label][other_label][name]) == pytest.approx(flat(gap.as_dict()))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["compare", "CONFIG"], "name the variants' files"),
+        (["compare", "CONFIG", "none.yaml"], "none.yaml: no such file"),
+        (["compare", "CONFIG", "BASE", "BASE"], "two variants are named 'base'"),
+        (["compare", "CONFIG", "BASE", "--against", "other"], "--against: 'other' is not one of base"),
+        (["compare", "CONFIG", "BASE", "--seeds", "0,0"], "--seeds: '0,0' is no list of different whole numbers"),
+        (["compare", "CONFIG", "BASE", "--train.mode", "single"], "train.mode: this key has no effect"),
+        (["sweep", "CONFIG"], "--over: name a key and its values"),
+        (["sweep", "CONFIG", "--over", "mocae.temprature=1,2"], "temprature: unknown key"),
+        (["sweep", "CONFIG", "--over", "mocae.top_k=1,1"], "names a key or a value twice"),
+        (["sweep", "CONFIG", "--over", "seed=1,2", "--seeds", "0"], "--seed: is given by the comparison"),
+        (["sweep", "CONFIG", "--over", "mocae.top_k=1,2", "--mocae.top_k", "1"], "is swept over as well"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    words: list[str], says: str, router_config: Path, tmp_path: Path, capsys: Any
+) -> None:
+    places = {"CONFIG": str(router_config), "BASE": str(BASELINES / "base.yaml")}
+    out = tmp_path / "out"
+    assert cli.main([*(places.get(word, word) for word in words), "--out", str(out)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
+    assert says in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("path", sorted([*BASELINES.glob("*.yaml"), *ABLATIONS.glob("*.yaml")]), ids=lambda p: p.stem)
+def test_every_variant_that_ships_goes_with_every_shipped_configuration(path: Path) -> None:
+    shipped = BASELINES.parent / "smollm2-135m-router.yaml"
+    flags = ["--experts.from", "runs/other"] if "from:" not in path.read_text() else []
+    config = load_config(shipped, flags, "compare", path)
+    assert config != load_config(shipped, flags, "compare") or path.stem in ("recommended", "mocae-gl-rl")

@@ -1,0 +1,184 @@
+"""Stage 2 beside the plain case: experts trained too, made anew, a router that starts from another, or again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import trinityx_jax as tx
+from trinityx_jax import cli
+from trinityx_jax.config import RunConfig, load_config
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts import TaskVector
+from trinityx_jax.runs import RunFolder, load_experts, load_router, open_run, save_expert
+from trinityx_jax.training.router_stage import router_done, stage_experts, train_router
+
+NAMES = ("helpful", "harmless", "honest")
+
+
+def configure(tiny_config: Path, out: Path, *flags: str) -> RunConfig:
+    path = tiny_config.with_name("router.yaml")
+    return load_config(path, ["--out", str(out), *flags], "router")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Path) -> Any:
+    return open_run(tiny_run)
+
+
+def changed(one: Any, other: Any) -> list[bool]:
+    """Of each leaf, whether the two differ."""
+    return [
+        bool(np.any(np.asarray(x) != np.asarray(y))) for x, y in zip(*map(jax.tree.leaves, (one, other)), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("preset", "trained"),
+    [
+        ("recommended", {"kernel", "bias"}),
+        ("literal", {"kernel", "bias", "norm"}),
+        ("h3fusion", {"kernel", "experts"}),
+        ("mixlora", {"kernel", "experts"}),
+        ("xlora", {"kernel", "bias"}),
+        ("uniform", set()),
+    ],
+)
+def test_every_preset_trains_what_it_says_and_nothing_else(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, preset: str, trained: set[str]
+) -> None:
+    flags = ("--experts.from", str(tiny_run), "--mocae.preset", preset, "--mocae.calibration", "none")
+    config = configure(tiny_config, tmp_path / "run", *flags)
+    found = train_router(config, run.backbone, run.vectors)
+    start = tx.init_router(run.backbone, run.vectors, preset=preset, seed=config.seed)
+    moved = {part for part in ("kernel", "bias", "gamma", "temperature", "norm")
+             if any(changed(getattr(found, part), getattr(start, part)))}  # fmt: skip
+    own = load_experts(tmp_path / "run")
+    assert list(own) == list(NAMES)
+    moved |= {"experts"} if any(any(changed(own[n].sites, run.vectors[n].sites)) for n in NAMES) else set()
+    assert moved == trained
+    for name in NAMES:  # the scale is no weight, and the run they come from keeps its own
+        np.testing.assert_array_equal(own[name].sites["up"]["scale"], run.vectors[name].sites["up"]["scale"])
+        assert not any(changed(load_experts(tiny_run)[name].sites, run.vectors[name].sites))
+    text = tx.generate(run.backbone, ["Hello"], experts=own, router=load_router(tmp_path / "run"), max_new_tokens=3)
+    assert len(text) == 1
+
+
+def test_experts_that_are_trained_too_survive_a_stop(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, interrupted: Any
+) -> None:
+    flags = ("--experts.from", str(tiny_run), "--mocae.train_experts", "true", "--train.experts_learning_rate", "1e-3")
+    whole = train_router(configure(tiny_config, tmp_path / "whole", *flags), run.backbone, run.vectors)
+    config = configure(tiny_config, tmp_path / "cut", *flags)
+    with interrupted(1):
+        train_router(config, run.backbone, run.vectors)
+    assert not any(changed(load_experts(tmp_path / "cut")["honest"].sites, run.vectors["honest"].sites))
+    again = train_router(config, run.backbone, stage_experts(config, run.backbone))
+    assert not any(changed(again, whole))
+    cut, uncut = (load_experts(tmp_path / name) for name in ("cut", "whole"))
+    for name in NAMES:
+        assert not any(changed(cut[name].sites, uncut[name].sites))
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_the_experts_learning_rate_is_theirs_alone(run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+    """After one AdamW step from zero moments every weight has moved by the rate, or not at all."""
+    flags = ("--experts.from", str(tiny_run), "--mocae.train_experts", "true", "--mocae.calibration", "none")
+    rates = ("--train.learning_rate", "1e-2", "--train.experts_learning_rate", "1e-4", "--train.warmup", "0")
+    config = configure(tiny_config, tmp_path / "run", *flags, *rates, "--train.steps", "1")
+    found = train_router(config, run.backbone, run.vectors)
+    start = tx.init_router(run.backbone, run.vectors, seed=config.seed)
+    np.testing.assert_allclose(np.abs(np.asarray(found.kernel - start.kernel)).max(), 1e-2, rtol=1e-3)
+    own = load_experts(tmp_path / "run")
+    for leaf in ("a", "b"):
+        step = np.abs(np.asarray(own["honest"].sites["up"][leaf] - run.vectors["honest"].sites["up"][leaf]))
+        np.testing.assert_allclose(step.max(), 1e-4, rtol=1e-2)
+
+
+def test_experts_from_scratch(run: Any, tiny_config: Path, tmp_path: Path) -> None:
+    flags = ["--experts.from", "scratch", "--experts.rank", "3", "--experts.alpha", "6", "--mocae.preset", "mixlora"]
+    config = configure(tiny_config, tmp_path / "run", *flags)
+    fresh = stage_experts(config, run.backbone)
+    assert all(not np.any(np.asarray(v.sites["up"]["b"])) for v in fresh.values())
+    train_router(config, run.backbone, fresh)
+    own = open_run(tmp_path / "run").vectors
+    assert {site["a"].shape[-1] for v in own.values() for site in v.sites.values()} == {3}
+    assert all(np.any(np.asarray(site["b"])) for v in own.values() for site in v.sites.values())
+    assert router_done(config)
+
+
+def test_a_fourth_expert_joins_a_trained_router(run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+    """One step at a rate of nearly nothing: the three route among themselves as they did."""
+    blunt = TaskVector(run.vectors["honest"].sites, run.vectors["honest"].origin)
+    save_expert(0.5 * blunt, tmp_path / "blunt")
+    data = "{source: samples/helpful-train.jsonl, test: samples/helpful-test.jsonl, limit: 24, format: alpaca}"
+    sources = {name: str(tiny_run / "experts" / name) for name in NAMES} | {"blunt": str(tmp_path / "blunt")}
+    flags = (
+        "--experts.names", json.dumps([*NAMES, "blunt"]), "--experts.from", json.dumps(sources),
+        "--data.blunt", data, "--router.from", str(tiny_run), "--train.steps", "1", "--train.learning_rate", "1e-12",
+    )  # fmt: skip
+    config = configure(tiny_config, tmp_path / "four", *flags)
+    train_router(config, run.backbone, stage_experts(config, run.backbone))
+    four, three = load_router(tmp_path / "four" / "router-uncalibrated"), load_router(tiny_run)
+    assert three.temperature != four.temperature == 0.7  # the first is calibrated: what is kept is z over it
+    assert four.names == (*NAMES, "blunt")
+    u = np.random.default_rng(0).normal(size=(5, three.kernel.shape[1]))
+    old, new = (
+        (np.einsum("nd,lde->nle", u, np.asarray(r.kernel, np.float64)) + np.asarray(r.bias)) / float(r.temperature)
+        for r in (three, four)
+    )
+    np.testing.assert_allclose(new[..., :3], old, atol=1e-6)
+    np.testing.assert_allclose(new[..., 3], old.mean(axis=-1), atol=1e-6)
+    np.testing.assert_allclose(four.gamma, tx.gamma(stage_experts(config, run.backbone)), rtol=1e-6)
+
+
+def test_a_router_is_trained_again_when_that_is_said(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, capsys: Any
+) -> None:
+    path, out = tiny_config.with_name("router.yaml"), tmp_path / "run"
+    command = ["train-router", str(path), "--out", str(out), "--experts.from", str(tiny_run)]
+    assert cli.main(command) == 0
+    first = load_router(out)
+    assert cli.main([*command, "--train.steps", "2"]) == 2
+    assert "its router was begun with other settings (train.steps); train it anew with --train.anew true" in (
+        capsys.readouterr().err
+    )
+    assert cli.main([*command, "--train.steps", "2", "--train.anew", "true"]) == 0
+    second = load_router(out)
+    assert any(changed(first.kernel, second.kernel))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    capsys.readouterr()
+    assert cli.main([*command, "--train.steps", "2", "--train.anew", "true"]) == 0
+    assert "done before" in capsys.readouterr().out  # with the same settings there is nothing to train
+    alone = configure(tiny_config, tmp_path / "alone", "--experts.from", str(tiny_run), "--train.steps", "2")
+    assert not any(changed(train_router(alone, run.backbone, run.vectors), second))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--mocae.train_experts", "true"), "would replace the experts that this run holds"),
+        (("--experts.from", "scratch"), "new experts add nothing to the base until they are trained"),
+        (("--train.experts_learning_rate", "1e-3"), "has no effect without mocae.train_experts"),
+        (("--experts.rank", "3"), "experts.rank: this key has no effect on stage 'router'"),
+        (("--router.from", "RUN", "--mocae.preset", "uniform"), "has no effect where mocae.routing is uniform"),
+        (("--router.from", "RUN", "--mocae.router_scope", "shared"), "router_scope or mocae.output differ"),
+        (("--router.from", "nowhere"), "holds no router"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, flags: tuple[str, ...], says: str
+) -> None:
+    words = [str(tiny_run) if word == "RUN" else word for word in flags]
+    if "--experts.from" not in words and "--mocae.train_experts" not in words:
+        words += ["--experts.from", str(tiny_run)]
+    with pytest.raises(UserError, match=says):
+        train_router(configure(tiny_config, tmp_path / "new", *words), run.backbone, run.vectors)
+    assert not RunFolder(tmp_path / "new").info_path.exists()
