@@ -17,6 +17,7 @@ from trinityx_jax.evaluation.metrics import log_perplexity_difference, perplexit
 BASELINES = Path(__file__).parents[1] / "configs" / "baselines"
 ABLATIONS = BASELINES.parent / "ablations"
 NAMES = ("helpful", "harmless", "honest")
+QUESTION = {"mc1_targets": {"No.": 0, "Because.": 1}, "mc2_targets": {"Because.": 1, "So it is.": 1, "No, never.": 0}}
 
 
 def flat(estimate: dict[str, Any]) -> list[float]:
@@ -29,7 +30,10 @@ def router_config(tiny_config: Path, tiny_run: Path, tmp_path_factory: Any) -> P
     """Stage 2's configuration, taking its experts from the finished run."""
     path = tmp_path_factory.mktemp("compare") / "router.yaml"
     text = tiny_config.with_name("router.yaml").read_text()
-    path.write_text(text + f"experts: {{from: {tiny_run}}}\nevaluate: {{bootstrap: 100}}\n")
+    choices = path.with_name("mc.json")
+    choices.write_text(json.dumps([QUESTION | {"question": f"Why {word}?"} for word in ("not", "so")]))
+    evaluate = f"{{bootstrap: 100, multiple_choice: {choices}, multiple_choice_prompt: template}}"
+    path.write_text(text + f"experts: {{from: {tiny_run}}}\nevaluate: {evaluate}\n")
     return path
 
 
@@ -43,13 +47,20 @@ def compared(router_config: Path, tmp_path_factory: Any) -> tuple[Path, list[str
     return out, command
 
 
-def test_numbers_are_those_of_the_run_s_own_evaluation(compared: Any, tiny_run: Path, tmp_path: Path) -> None:
+def test_numbers_are_those_of_the_run_s_own_evaluation(
+    compared: Any, tiny_run: Path, router_config: Path, tmp_path: Path
+) -> None:
     """The run and the variant ``recommended`` have one configuration, so they are one model."""
     found = json.loads((compared[0] / "comparison.json").read_text())
-    assert cli.main(["evaluate", str(tiny_run), "--out", str(tmp_path), "--evaluate.bootstrap", "100"]) == 0
+    asked = ["--evaluate.multiple_choice", str(router_config.with_name("mc.json"))]
+    asked += ["--evaluate.multiple_choice_prompt", "template", "--evaluate.bootstrap", "100"]
+    assert cli.main(["evaluate", str(tiny_run), "--out", str(tmp_path), *asked]) == 0
     own = json.loads((tmp_path / "results.json").read_text())
     same = {"base": "base", "honest": "honest", "naive-merge": "naive merge", "recommended": "MoCaE"}
     for label, system in same.items():
+        for measure in ("mc1", "mc2"):
+            mine, theirs = found["systems"][label][measure], own[measure][system]["honest"]
+            np.testing.assert_allclose([mine["value"], mine["n"]], [theirs["value"], 2], rtol=1e-4)
         for measure in ("perplexity", "preference"):
             for name in NAMES:
                 mine, theirs = found["systems"][label][measure][name], own[measure][system][name]

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from trinityx_jax.config import NAME, RunConfig, load_config
 from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.comparison import Columns, comparison, markdown
-from trinityx_jax.evaluation.heldout import HeldOut, load_held_out
-from trinityx_jax.evaluation.multiple_choice import encode_choices, load_questions, measures
+from trinityx_jax.evaluation.heldout import HeldOut, choices, digest_of, load_held_out, truthful
+from trinityx_jax.evaluation.multiple_choice import measures
 from trinityx_jax.evaluation.systems import System, build, cost
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import write_json, write_text
@@ -183,9 +182,13 @@ class Comparison:
 
     def _measure(self, label: str, config: RunConfig, system: System, held: HeldOut) -> Columns:
         rows, objective = [*held.chosen, *held.rejected], np.tile(held.objective, 2)
-        questions = _questions(config)
-        choices = encode_choices(questions, system.scorer.backbone.tokenizer, config.evaluate.multiple_choice_prompt)
-        with progress(label, system.scorer.batches(rows) + system.scorer.batches(choices)) as bar:
+        questions, answers = choices(config, system.scorer.backbone.tokenizer)
+        index = truthful(config, config.experts.names) if questions else 0
+        if index is None and config.system.kind == "oracle":
+            raise UserError(
+                "evaluate.multiple_choice: no objective's test rows are TruthfulQA's: which is the oracle's?"
+            )
+        with progress(label, system.scorer.batches(rows) + system.scorer.batches(answers)) as bar:
             scores = system.score(rows, objective, on_batch=lambda: bar.advance("rows"))
             found = {"nll": scores.nll, "tokens": scores.tokens, "objective": held.objective}
             if system.router is not None:
@@ -195,7 +198,7 @@ class Comparison:
                     bias = np.asarray(pool["row_bias"], np.float64)
                     found["pooled_pi"] = pooled(means, float(pool["row_sharpness"]), bias)
             if questions:
-                nll = system.score_choices(choices, _truthful(config), on_batch=lambda: bar.advance("choices"))
+                nll = system.score_choices(answers, index or 0, on_batch=lambda: bar.advance("answers"))
                 found["mc1"], found["mc2"] = measures(questions, nll)
         spent = cost(system, self._base_system(config), held.chosen)
         return Columns(found, spent | _training(config))
@@ -228,23 +231,6 @@ def _test_keys(config: RunConfig) -> dict[str, Any]:
     return {name: json.loads(data.model_dump_json(include=set(kept))) for name, data in config.data.items()}
 
 
-def _questions(config: RunConfig) -> list[Any]:
-    e = config.evaluate
-    if e.multiple_choice is None:
-        return []
-    return load_questions(e.multiple_choice, e.multiple_choice_split, e.multiple_choice_limit)
-
-
-def _truthful(config: RunConfig) -> int:
-    """The objective that TruthfulQA's questions are of."""
-    for index, name in enumerate(config.experts.names):
-        if any(data.test_kind == "truthfulqa" for data in config.parts(name).values()):
-            return index
-    if config.system.kind == "oracle":
-        raise UserError("evaluate.multiple_choice: no objective's test rows are TruthfulQA's; the oracle has no expert")
-    return 0
-
-
 def _training(config: RunConfig) -> dict[str, float]:
     """Seconds of stage 2's steps and its trained parameters; nothing of a system without."""
     lines = [line for line in RunFolder(config.out).metrics() if line.get("stage") == "router"]
@@ -260,9 +246,6 @@ def _key(
     switches = None if router is None else dataclasses.asdict(router.config)
     asked = config.evaluate.model_dump(exclude={"bootstrap", "prompts", "max_new_tokens"})
     facts = [backbone.fingerprint, config.dtype, config.system.model_dump(), list(vectors), switches, asked]
-    digest = zlib.crc32(json.dumps(facts).encode())
-    for leaf in jax.tree.leaves([[v.sites for v in vectors.values()], router]):
-        digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
-    for row in [*held.chosen, *held.rejected]:
-        digest = zlib.crc32(row.ids.tobytes() + bytes(str(row.prompt_length), "ascii"), digest)
-    return f"{digest:08x}"
+    return digest_of(
+        facts, jax.tree.leaves([[v.sites for v in vectors.values()], router]), [*held.chosen, *held.rejected]
+    )

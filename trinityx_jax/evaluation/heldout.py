@@ -20,6 +20,7 @@ from trinityx_jax.data.objectives import load_pairs
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import metrics
+from trinityx_jax.evaluation.multiple_choice import Question, encode_choices, load_questions, measures
 from trinityx_jax.evaluation.scoring import Scorer, Scores
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import write_json
@@ -142,6 +143,8 @@ def evaluate(
                 lambda: scorer.score(held.chosen, router=uncalibrated, on_batch=lambda: bar.advance("uncalibrated")),
             )  # fmt: skip
     results = _tables(config, names, held, scores)
+    if config.evaluate.multiple_choice is not None:
+        results |= _multiple_choice(config, scorer, compared, router, names, out, key)
     if router is not None:
         results |= _routing(config, backbone, scorer, router, held, scores[MOCAE], before)
     write_json(out / "results.json", results)
@@ -177,6 +180,51 @@ def _tables(config: RunConfig, names: list[str], held: HeldOut, scores: Mapping[
                 out[table][system][name] = cell.as_dict()
     out["own_rows"] = {name: _own_rows(index, name, names, held, scores, options) for index, name in enumerate(names)}
     return out
+
+
+def _multiple_choice(
+    config: RunConfig,
+    scorer: Scorer,
+    compared: Mapping[str, np.ndarray | None],
+    router: Router | None,
+    names: Sequence[str],
+    out: Path,
+    key: str,
+) -> dict[str, Any]:
+    """MC1 and MC2 of every system, under the objective that TruthfulQA's questions are of."""
+    questions, rows = choices(config, scorer.backbone.tokenizer)
+    index = truthful(config, names)
+    title = "TruthfulQA" if index is None else names[index]
+    key = _digest([row.ids.tobytes() for row in rows], key)
+    tables: dict[str, Any] = {"mc1": {}, "mc2": {}}
+    with progress("TruthfulQA", len(compared) * scorer.batches(rows)) as bar:
+        for system, weights in compared.items():
+
+            def score(own: np.ndarray | None = weights, name: str = system) -> Scores:
+                how = router if own is None else None
+                nll = scorer.score_continuations(rows, weights=own, router=how, on_batch=lambda: bar.advance(name))
+                return Scores(nll, np.asarray([len(row.ids) - row.prompt_length for row in rows]))
+
+            store = out / "scores" / f"choices-{system.replace(' ', '-')}.npz"
+            found = measures(questions, _stored(store, key, bar, scorer.batches(rows), score).nll)
+            for table, values in zip(tables.values(), found, strict=True):
+                table[system] = {title: metrics.share(values, resamples=config.evaluate.bootstrap).as_dict()}
+    return tables
+
+
+def choices(config: RunConfig, tokenizer: Any) -> tuple[list[Question], list[Encoded]]:
+    """The questions of ``evaluate.multiple_choice`` and their answers as rows; none where it names no file."""
+    e = config.evaluate
+    if e.multiple_choice is None:
+        return [], []
+    questions = load_questions(e.multiple_choice, e.multiple_choice_split, e.multiple_choice_limit)
+    return questions, encode_choices(questions, tokenizer, e.multiple_choice_prompt)
+
+
+def truthful(config: RunConfig, names: Sequence[str]) -> int | None:
+    """The objective whose test rows are TruthfulQA's."""
+    found = (i for i, n in enumerate(names) if any(d.test_kind == "truthfulqa" for d in config.parts(n).values()))
+    return next(found, None)
 
 
 def _own_rows(
@@ -260,11 +308,20 @@ def _key(
     """A digest of everything scores depend on, so that stored ones are never used for another model."""
     switches = None if router is None else dataclasses.asdict(router.config)
     facts = [backbone.fingerprint, config.dtype, list(vectors), switches]
-    digest = zlib.crc32(json.dumps(facts).encode())
-    for leaf in jax.tree.leaves([[v.sites for v in vectors.values()], router, uncalibrated]):
-        digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
-    for row in rows:
-        digest = zlib.crc32(row.ids.tobytes() + bytes(str(row.prompt_length), "ascii"), digest)
+    leaves = jax.tree.leaves([[v.sites for v in vectors.values()], router, uncalibrated])
+    return digest_of(facts, leaves, rows)
+
+
+def digest_of(facts: Sequence[Any], leaves: Sequence[Any], rows: Sequence[Encoded]) -> str:
+    """A digest of what scores are made of: JSON-ready facts, arrays, rows."""
+    parts = (row.ids.tobytes() + bytes(str(row.prompt_length), "ascii") for row in rows)
+    return _digest([*(np.ascontiguousarray(leaf).tobytes() for leaf in leaves), *parts], json.dumps(facts))
+
+
+def _digest(parts: Sequence[bytes], start: str) -> str:
+    digest = zlib.crc32(start.encode())
+    for part in parts:
+        digest = zlib.crc32(part, digest)
     return f"{digest:08x}"
 
 

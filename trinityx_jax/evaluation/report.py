@@ -33,6 +33,8 @@ MEASURES = (
      "Higher is better; 50 % is chance."),
     ("preference_per_token", "Preference accuracy per token", True,
      "The same pairs by log-likelihood per token, which takes away the advantage of short answers. Higher is better."),
+    ("mc1", "TruthfulQA MC1", True, "How often the true answer is the likeliest of a question's. Higher is better."),
+    ("mc2", "TruthfulQA MC2", True, "How much of the answers' likelihood the true ones have. Higher is better."),
 )  # fmt: skip
 EXPLAINED = {
     "accuracy": "rows whose own expert has the most weight; higher is better",
