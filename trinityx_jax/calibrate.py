@@ -185,7 +185,8 @@ def _save(run: OpenRun, start: Router, after: Router, results: dict[str, Any]) -
         save_router(start, folder.path / UNCALIBRATED, base)
     save_router(after, folder.path / "router", base)
     done = folder.done("router") or {}
-    folder.finish("router", **done | {"temperature": results["temperature"]["after"]})
+    fitted = {"temperature": results["temperature"]["after"], "calibration": after.config.calibration}
+    folder.finish("router", **done | fitted)
     out = folder.path / "calibration"
     write_json(out / "results.json", results)
     own = results["routing"][ROWS]["objective"]

@@ -162,15 +162,15 @@ def load_config(
     Args:
         stage: ``experts``, ``router`` or ``compare`` (of routers and other systems); a key that the stage does not
             use raises.
-        variant: a YAML file with what differs from the first one, key by key.
+        variant: a YAML file with what differs from all that, key by key.
 
     Raises:
         UserError: a file is missing or not YAML; a key is unknown, or a value out of range.
     """
-    values, where = _read(Path(path)), str(path)
+    values, where = _override(_read(Path(path)), overrides), str(path)
     if variant is not None:
         values, where = _layered(values, _read(Path(variant))), f"{path} with {variant}"
-    config = parse_config(_override(values, overrides), where)
+    config = parse_config(values, where)
     for section, keys in (unused(config, stage) if stage else {}).items():
         part = getattr(config, section)
         used = {section} & config.model_fields_set if keys is True else keys & part.model_fields_set

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import read_json
 from trinityx_jax.runs import RunFolder, load_experts
@@ -28,7 +30,10 @@ def collect(run: RunFolder) -> dict[str, Any]:
     if "router" in stages:
         facts = stages["router"]
         out["gamma"] = facts["gamma"]
-        out["temperature"] = {"trained": facts["temperature_trained"], "calibrated": facts["temperature"]}
+        fitted = np.asarray(facts["temperature"])
+        if facts["calibration"] != "none":
+            out["temperature"] = {"before": facts["temperature_trained"]}
+            out["temperature"] |= {"after": float(fitted)} if fitted.ndim == 0 else {"between": _ends(fitted)}
         tests = {m: e["n"] for m, e in out.get("perplexity", {}).get("base", {}).items()}
         out["rows"] = {
             m: {"train": a, "calibration": b, "test": tests.get(m, 0)} for m, (a, b) in facts["rows"].items()
@@ -39,6 +44,10 @@ def collect(run: RunFolder) -> dict[str, Any]:
     if "perplexity" in out:
         out["claims"] = claims(out)
     return out
+
+
+def _ends(values: np.ndarray) -> list[float]:
+    return [float(values.min()), float(values.max())]
 
 
 def _training_settings(stages: dict[str, Any]) -> dict[str, Any]:

@@ -194,14 +194,18 @@ def reliability(
     for place, (label, bins) in enumerate(curves):
         colour, marker = ((NEUTRAL[1], "s"), (PALETTE[0], "o"))[place]
         points = [(finite(b.get("confidence")), finite(b.get("accuracy"))) for b in bins]
-        if bins:
-            top.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.3, label=label)
+        if bins:  # a bin of few rows is a small mark: its accuracy says little
+            x, y = zip(*points, strict=True)
+            counts = np.asarray([finite(b["count"]) for b in bins])
+            top.plot(x, y, color=colour, linewidth=0.9)
+            top.scatter(x, y, 10 + 70 * counts / counts.max(), color=colour, marker=marker, zorder=2.5, clip_on=False)
+            top.plot([], [], color=colour, marker=marker, markersize=5, linewidth=0.9, label=label)
         for b in bins:
             low, width = finite(b.get("low")), finite(b.get("high")) - finite(b.get("low"))
             left = low + width * (0.08 + 0.42 * place)
             bottom.bar(left, b["count"], width * 0.42, align="edge", color=colour)
     top.set(xlim=(0, 1), ylim=(-0.03, 1.03), ylabel="accuracy")
-    top.legend(loc="upper left")
+    top.legend(loc="lower right")
     bottom.set(xlabel="confidence (weight of the chosen expert)", ylabel="rows")
     bottom.locator_params(axis="y", integer=True, nbins=3)
     for axes in (top, bottom):

@@ -121,6 +121,7 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
         facts = {"rows": {n: [len(rows.train[n]), len(rows.calibration[n])] for n in own}}
     save_router(router, run.path / "router", backbone.fingerprint)
     facts |= {"temperature_trained": mocae.temperature, "temperature": np.asarray(router.temperature).tolist()}
+    facts["calibration"] = router.config.calibration
     facts["gamma"] = dict(zip(own, np.asarray(router.gamma).tolist(), strict=True))
     run.finish("router", **facts)
     return router
