@@ -19,7 +19,7 @@ from trinityx_jax.backbone.model import FeedForward, base_feed_forward
 from trinityx_jax.backbone.products import matmul
 from trinityx_jax.mocae import preset
 from trinityx_jax.mocae import router as routing
-from trinityx_jax.mocae.mixture import routed_feed_forward
+from trinityx_jax.mocae.mixture import full_experts, full_mixture, routed_feed_forward
 
 Tree = Mapping[str, Any]
 
@@ -55,9 +55,7 @@ def _dense(mlp: Tree, experts: Tree, router: Tree) -> Any:
 
 def _apart(mlp: Tree, experts: Tree, router: Tree) -> Any:
     """The same as an array for each expert: slices of one would be copies."""
-    whole = _dense(mlp, experts, router)["weights"]
-    count = whole["gate"].shape[1]
-    return {"weights": [{site: x[:, e] for site, x in whole.items()} for e in range(count)], "router": router}
+    return {"weights": full_experts(mlp, experts, experts["gate"]["scale"].shape[-1]), "router": router}
 
 
 def _alpha(router: Tree, u: jax.Array, top_k: int | None = None) -> jax.Array:
@@ -66,14 +64,10 @@ def _alpha(router: Tree, u: jax.Array, top_k: int | None = None) -> jax.Array:
 
 
 def _naive(config: BackboneConfig) -> FeedForward:
-    """A whole feed-forward per expert, each with weights of its own."""
+    """A whole feed-forward per expert, each with weights of its own (``mixing: full``)."""
 
-    def apply(_: Any, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-        alpha, w = _alpha(layer["router"], u), layer["weights"]
-        for e in range(alpha.shape[-1]):
-            m = jax.nn.silu(matmul(u, w[e]["gate"])) * matmul(u, w[e]["up"])
-            h = h + alpha[..., e : e + 1].astype(h.dtype) * matmul(m, w[e]["down"])
-        return h, None
+    def apply(mlp: Any, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        return h + full_mixture(mlp, layer["weights"], u, _alpha(layer["router"], u), config.activation), None
 
     return apply
 

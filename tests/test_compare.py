@@ -161,7 +161,11 @@ def test_bad_input_is_one_sentence(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("path", sorted([*BASELINES.glob("*.yaml"), *ABLATIONS.glob("*.yaml")]), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*BASELINES.glob("*.yaml"), *BASELINES.glob("joint/joint.yaml"), *ABLATIONS.glob("*.yaml")]),
+    ids=lambda p: p.stem,
+)
 def test_every_variant_that_ships_goes_with_every_shipped_configuration(path: Path) -> None:
     shipped = BASELINES.parent / "smollm2-135m-router.yaml"
     flags = ["--experts.from", "runs/other"]  # which a variant's own stands above
