@@ -31,7 +31,7 @@ def collect(run: RunFolder) -> dict[str, Any]:
         facts = stages["router"]
         out["gamma"] = facts["gamma"]
         fitted = np.asarray(facts["temperature"])
-        if facts["calibration"] != "none":
+        if facts.get("calibration", "none") != "none":
             out["temperature"] = {"before": facts["temperature_trained"]}
             out["temperature"] |= {"after": float(fitted)} if fitted.ndim == 0 else {"between": _ends(fitted)}
         tests = {m: e["n"] for m, e in out.get("perplexity", {}).get("base", {}).items()}
