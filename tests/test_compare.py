@@ -13,6 +13,7 @@ import pytest
 from trinityx_jax import cli, compare
 from trinityx_jax.config import load_config
 from trinityx_jax.evaluation.metrics import log_perplexity_difference, perplexity
+from trinityx_jax.runs import load_expert, save_expert
 
 BASELINES = Path(__file__).parents[1] / "configs" / "baselines"
 ABLATIONS = BASELINES.parent / "ablations"
@@ -23,6 +24,11 @@ QUESTION = {"mc1_targets": {"No.": 0, "Because.": 1}, "mc2_targets": {"Because."
 def flat(estimate: dict[str, Any]) -> list[float]:
     """An estimate's numbers."""
     return [estimate["value"], estimate["n"], *estimate["interval"]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quick_compilation: None) -> None:
+    """Tiny programs that run a few times."""
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +76,9 @@ def test_numbers_are_those_of_the_run_s_own_evaluation(
     for name in NAMES:
         best = own["perplexity"][name][name]["value"]
         np.testing.assert_allclose(found["systems"]["oracle"]["perplexity"][name]["value"], best, rtol=1e-5)
+        # a difference of two numbers near 7.6 in float32
         np.testing.assert_allclose(found["difference"]["recommended"]["base"][name]["value"],
-                                   own["difference"]["MoCaE"][name]["value"], rtol=1e-4)  # fmt: skip
+                                   own["difference"]["MoCaE"][name]["value"], atol=1e-5)  # fmt: skip
     routing, theirs = found["systems"]["recommended"]["routing"]["row mean"], own["routing"]["held-out rows"]
     for metric in ("accuracy", "ece15", "brier"):
         np.testing.assert_allclose(routing[metric]["value"], theirs[metric]["value"], rtol=1e-4)
@@ -100,38 +107,51 @@ def test_what_is_done_is_not_done_again(compared: Any, capsys: Any, monkeypatch:
 
 
 def test_a_sweep_over_seeds_averages_them(router_config: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """Of merges, which need no training, each seed's of its own experts."""
     for seed in (0, 1):
-        shutil.copytree(tiny_run, tmp_path / f"experts-{seed}")
+        shutil.copytree(tiny_run / "experts", tmp_path / f"experts-{seed}")
+    save_expert(3.0 * load_expert(tmp_path / "experts-0" / "honest"), tmp_path / "experts-1" / "honest")
     out = tmp_path / "out"
     command = [
-        "sweep", str(router_config), "--over", "mocae.temperature=0.3,3", "--over", "train.steps=1", "--seeds", "0,1",
-        "--out", str(out), "--experts.from", str(tmp_path / "experts-{seed}"), "--mocae.calibration", "none",
+        "sweep", str(router_config), "--over", "system.density=0.2,0.9", "--over", "system.method=magnitude",
+        "--seeds", "0,1", "--system.kind", "merge", "--out", str(out), "--evaluate.multiple_choice", "null",
+        "--evaluate.multiple_choice_prompt", "six-shot", "--experts.from", str(tmp_path / "experts-{seed}"),
     ]  # fmt: skip
     assert cli.main(command) == 0
     found = json.loads((out / "comparison.json").read_text())
-    assert list(found["systems"]) == ["temperature=0.3 steps=1", "temperature=3 steps=1"]
-    folders = [out / f"temperature={t}_steps=1" / f"seed-{seed}" for t in ("0.3", "3") for seed in (0, 1)]
-    configs = [load_config(folder / "config-router.yaml") for folder in folders]
-    assert [(c.seed, c.mocae_config().temperature, c.train.steps) for c in configs] == [
-        (0, 0.3, 1), (1, 0.3, 1), (0, 3, 1), (1, 3, 1),
-    ]  # fmt: skip
-    assert [c.experts.source for c in configs[:2]] == [str(tmp_path / f"experts-{seed}") for seed in (0, 1)]
+    labels = [f"density={d} method=magnitude" for d in ("0.2", "0.9")]
+    assert list(found["systems"]) == labels
+    folders = [out / label.replace(" ", "_") / f"seed-{seed}" for label in labels for seed in (0, 1)]
     columns = [np.load(folder / "comparison.npz") for folder in folders]
-    for place, system in enumerate(found["systems"].values()):
-        pair = columns[2 * place : 2 * place + 2]
-        n = len(pair[0]["objective"])
+    for place, label in enumerate(labels):
+        pair, others = columns[2 * place : 2 * place + 2], columns[2 - 2 * place : 4 - 2 * place]
+        assert np.abs(pair[0]["nll"] - pair[1]["nll"]).max() > 1e-3
+        system, n = found["systems"][label], len(pair[0]["objective"])
         for index, name in enumerate(NAMES):
             rows = np.flatnonzero(pair[0]["objective"] == index)
-            nll = np.mean([own["nll"][:n][rows] for own in pair], axis=0)
-            expected = perplexity(nll, pair[0]["tokens"][:n][rows], resamples=100)
+            nll, other = (np.mean([own["nll"][:n][rows] for own in seeds], axis=0) for seeds in (pair, others))
+            tokens = pair[0]["tokens"][:n][rows]
+            expected = perplexity(nll, tokens, resamples=100)
             assert flat(system["perplexity"][name]) == pytest.approx(flat(expected.as_dict()))
             alone = [seed["perplexity"][name] for seed in system["seeds"]]
             np.testing.assert_allclose(system["perplexity"][name]["value"], np.sqrt(np.prod(alone)), rtol=1e-6)
-            other = np.mean([own["nll"][:n][rows] for own in columns[2 - 2 * place : 4 - 2 * place]], axis=0)
-            gap = log_perplexity_difference(nll, other, pair[0]["tokens"][:n][rows], resamples=100)
-            label = list(found["systems"])[place]
-            other_label = list(found["systems"])[1 - place]
-            assert flat(found["difference"][label][other_label][name]) == pytest.approx(flat(gap.as_dict()))
+            gap = log_perplexity_difference(nll, other, tokens, resamples=100)
+            assert flat(found["difference"][label][labels[1 - place]][name]) == pytest.approx(flat(gap.as_dict()))
+
+
+def test_an_expert_in_a_folder_is_measured_again_when_it_changes(
+    router_config: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_run / "experts" / "honest", tmp_path / "other")
+    variant = tmp_path / "other.yaml"
+    variant.write_text(f"system: {{kind: expert, expert: {tmp_path / 'other'}}}")
+    found = []
+    for size in (1.0, 3.0):
+        save_expert(size * load_expert(tiny_run / "experts" / "honest"), tmp_path / "other")
+        assert cli.main(["compare", str(router_config), str(variant), "--out", str(tmp_path / "out")]) == 0
+        results = json.loads((tmp_path / "out" / "comparison.json").read_text())
+        found.append(results["systems"]["other"]["perplexity"]["honest"]["value"])
+    assert abs(found[0] - found[1]) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -143,6 +163,11 @@ def test_a_sweep_over_seeds_averages_them(router_config: Path, tiny_run: Path, t
         (["compare", "CONFIG", "BASE", "--against", "other"], "--against: 'other' is not one of base"),
         (["compare", "CONFIG", "BASE", "--seeds", "0,0"], "--seeds: '0,0' is no list of different whole numbers"),
         (["compare", "CONFIG", "BASE", "--train.mode", "single"], "train.mode: this key has no effect"),
+        (["compare", "CONFIG", "SEED"], "seed.yaml: seed: is the same for all variants"),
+        (["compare", "CONFIG", "STEPS"], "steps.yaml: train: has no effect on system.kind 'base'"),
+        (["compare", "CONFIG", "BASE", "--evaluate.multiple_choice", "none.json"], "none.json"),
+        (["sweep", "CONFIG", "--over", "train.seq_len=40,160"], "train.seq_len (test rows are cut to it) differs"),
+        (["sweep", "CONFIG", "--over", "mocae.top_k=1,9"], "mocae.top_k: 9 of 3 experts"),
         (["sweep", "CONFIG"], "--over: name a key and its values"),
         (["sweep", "CONFIG", "--over", "mocae.temprature=1,2"], "temprature: unknown key"),
         (["sweep", "CONFIG", "--over", "mocae.top_k=1,1"], "names a key or a value twice"),
@@ -154,6 +179,9 @@ def test_bad_input_is_one_sentence(
     words: list[str], says: str, router_config: Path, tmp_path: Path, capsys: Any
 ) -> None:
     places = {"CONFIG": str(router_config), "BASE": str(BASELINES / "base.yaml")}
+    for name, text in (("seed", "seed: 3"), ("steps", "system: {kind: base}\ntrain: {steps: 3}")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+        places[name.upper()] = str(tmp_path / f"{name}.yaml")
     out = tmp_path / "out"
     assert cli.main([*(places.get(word, word) for word in words), "--out", str(out)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]

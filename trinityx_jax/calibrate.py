@@ -28,7 +28,7 @@ from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled, probabilities, row_means
 from trinityx_jax.runs import UNCALIBRATED, OpenRun, load_uncalibrated, need_router, open_run, save_router
 from trinityx_jax.training.calibration import RoutingReader, Target, calibrate, objective_targets
-from trinityx_jax.training.rows import load_parts, load_training_rows
+from trinityx_jax.training.rows import USES, load_parts, load_training_rows
 
 log = logging.getLogger(__name__)
 TARGETS = ("objective", "row", "token")
@@ -79,6 +79,8 @@ def calibrate_run(
     run = open_run(path)
     router = need_router(run)
     start = load_uncalibrated(run.folder, router) or router
+    if start is router and router.config.calibration != "none":
+        raise UserError(f"{path}: was calibrated by an older version, which kept no router as trained; train it anew")
     if start.config.routing == "uniform":
         raise UserError(f"{path}: its routing is uniform; there is nothing to calibrate")
     kind = kind or start.config.calibration
@@ -127,11 +129,12 @@ def _calibration_rows(config: RunConfig, run: OpenRun, names: Sequence[str]) -> 
 
 
 def _unseen(config: RunConfig, plain: RunConfig, run: OpenRun, names: Sequence[str]) -> Rows:
-    """The prompts of ``data.NAME.unseen``, in the objective's template, without those that training rows have."""
+    """The prompts of ``data.NAME.unseen``, in the objective's template, without those that rows of training have."""
     rows: list[Encoded] = []
     labels: list[int] = []
     entries = [(i, data) for i, name in enumerate(names) for data in config.parts(name).values() if data.unseen]
-    used = {e.question for part in load_parts(plain).values() for e in part.train} if entries else set()
+    parts = load_parts(plain).values() if entries else ()
+    used = {e.question for part in parts for use in USES for e in getattr(part, use)}
     for index, data in entries:
         kind, split = data.unseen_kind, data.unseen_split
         found = load_prompts(data.unseen or "", kind, split, data.unseen_limit, data.skip_bad, data.unseen_map)
@@ -220,4 +223,4 @@ def _cell(estimate: Mapping[str, Any] | None) -> str:
     if estimate is None:
         return ""
     low, high = estimate["interval"]
-    return f"{estimate['value']:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{estimate['value']:.3f}\n[{low:.3f}, {high:.3f}]"

@@ -16,6 +16,7 @@ import numpy as np
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import NAME, RunConfig, load_config
 from trinityx_jax.convert.load import load_backbone
+from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.comparison import Columns, comparison, markdown
 from trinityx_jax.evaluation.heldout import HeldOut, choices, digest_of, load_held_out, truthful
@@ -129,6 +130,9 @@ class Comparison:
             raise UserError(f"--against: {against!r} is not one of {', '.join(labels)}")
         for config in (config for variant in self.variants for config in variant.configs):
             self._check(config)
+        first = self.variants[0].configs[0]
+        choices(first, self._backbone(first).tokenizer)  # before hours of training, like the test rows
+        self._rows(first, self._backbone(first))
         columns: dict[str, list[Columns]] = {label: [] for label in labels}
         for variant in self.variants:
             for config in variant.configs:
@@ -147,9 +151,18 @@ class Comparison:
             ("experts.names", config.experts.names, first.experts.names),
             ("data (its test rows)", _test_keys(config), _test_keys(first)),
             ("evaluate", config.evaluate, first.evaluate),
+            ("train.seq_len (test rows are cut to it)", config.train.seq_len, first.train.seq_len),
         ):
             if own != other:
                 raise UserError(f"{config.out}: {what} differs from {first.out}'s; they would not be comparable")
+        mocae, count = config.mocae_config(), len(config.experts.names)
+        if mocae.top_k is not None and mocae.top_k > count:
+            raise UserError(f"{config.out}: mocae.top_k: {mocae.top_k} of {count} experts cannot be selected")
+        if config.experts.source is None and config.system.kind != "base":
+            raise UserError("experts.from: name the run, or the folders, that all variants take their experts from")
+        asked = config.evaluate.multiple_choice is not None
+        if config.system.kind == "oracle" and asked and truthful(config, config.experts.names) is None:
+            raise UserError("evaluate.multiple_choice: no objective's test rows are TruthfulQA's; the oracle needs one")
         if config.system.kind == "mocae" and RunFolder(config.out).info_path.exists():
             router_done(config)
 
@@ -157,12 +170,16 @@ class Comparison:
         backbone = self._backbone(config)
         router, vectors = self._model(label, config, backbone)
         held = self._rows(config, backbone)
-        key = _key(config, backbone, vectors, router, held)
+        questions, answers = choices(config, backbone.tokenizer)
+        system = build(config, backbone, vectors, router)
+        labels = [[q.true, q.single_true] for q in questions]
+        made_of = [[v.sites for v in vectors.values()], system.scorer.experts, router, labels]
+        key = _key(config, backbone, list(vectors), router, made_of, [*held.chosen, *held.rejected, *answers])
         store = Path(config.out) / "comparison.npz"
         kept = Columns.load(store, key)
         if kept is not None:
             return kept
-        found = self._measure(label, config, build(config, backbone, vectors, router), held)
+        found = self._measure(label, config, system, held, questions, answers)
         store.parent.mkdir(parents=True, exist_ok=True)
         found.save(store, key)
         return found
@@ -180,14 +197,11 @@ class Comparison:
             train_router(config, backbone, stage_experts(config, backbone))
         return load_router(config.out, backbone.fingerprint), load_experts(config.out, backbone.fingerprint)
 
-    def _measure(self, label: str, config: RunConfig, system: System, held: HeldOut) -> Columns:
+    def _measure(
+        self, label: str, config: RunConfig, system: System, held: HeldOut, questions: list[Any], answers: list[Any]
+    ) -> Columns:
         rows, objective = [*held.chosen, *held.rejected], np.tile(held.objective, 2)
-        questions, answers = choices(config, system.scorer.backbone.tokenizer)
-        index = truthful(config, config.experts.names) if questions else 0
-        if index is None and config.system.kind == "oracle":
-            raise UserError(
-                "evaluate.multiple_choice: no objective's test rows are TruthfulQA's: which is the oracle's?"
-            )
+        index = truthful(config, config.experts.names)
         with progress(label, system.scorer.batches(rows) + system.scorer.batches(answers)) as bar:
             scores = system.score(rows, objective, on_batch=lambda: bar.advance("rows"))
             found = {"nll": scores.nll, "tokens": scores.tokens, "objective": held.objective}
@@ -227,12 +241,13 @@ _BASE = {"kind": "base", "expert": None}
 
 def _test_keys(config: RunConfig) -> dict[str, Any]:
     """What of ``data`` decides the test rows."""
-    kept = ("test", "test_format", "test_fields", "test_split", "test_limit", "format", "template")
-    return {name: json.loads(data.model_dump_json(include=set(kept))) for name, data in config.data.items()}
+    own = ("test", "test_format", "test_fields", "test_split", "test_limit", "format", "fields", "template", "mix")
+    kept = {*own, "on_bad_row"}
+    return {name: json.loads(data.model_dump_json(include=kept)) for name, data in config.data.items()}
 
 
 def _training(config: RunConfig) -> dict[str, float]:
-    """Seconds of stage 2's steps and its trained parameters; nothing of a system without."""
+    """Seconds and number of stage 2's steps; nothing of a system without."""
     lines = [line for line in RunFolder(config.out).metrics() if line.get("stage") == "router"]
     if config.system.kind != "mocae" or not lines:
         return {}
@@ -240,12 +255,10 @@ def _training(config: RunConfig) -> dict[str, float]:
 
 
 def _key(
-    config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector], router: Router | None, held: HeldOut
+    config: RunConfig, backbone: Backbone, names: list[str], router: Router | None, made_of: Any, rows: list[Encoded]
 ) -> str:
     """A digest of everything that the numbers depend on."""
     switches = None if router is None else dataclasses.asdict(router.config)
-    asked = config.evaluate.model_dump(exclude={"bootstrap", "prompts", "max_new_tokens"})
-    facts = [backbone.fingerprint, config.dtype, config.system.model_dump(), list(vectors), switches, asked]
-    return digest_of(
-        facts, jax.tree.leaves([[v.sites for v in vectors.values()], router]), [*held.chosen, *held.rejected]
-    )
+    asked = config.evaluate.model_dump(include={"batch_size", "multiple_choice_prompt"})
+    facts = [backbone.fingerprint, config.dtype, config.system.model_dump(), names, switches, asked]
+    return digest_of(facts, jax.tree.leaves(made_of), rows)

@@ -169,7 +169,7 @@ def load_config(
     """
     values, where = _override(_read(Path(path)), overrides), str(path)
     if variant is not None:
-        values, where = _layered(values, _read(Path(variant))), f"{path} with {variant}"
+        values, where = _varied(values, _read(Path(variant)), str(variant)), f"{path} with {variant}"
     config = parse_config(values, where)
     for section, keys in (unused(config, stage) if stage else {}).items():
         part = getattr(config, section)
@@ -194,6 +194,21 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
     return values
+
+
+def _varied(below: dict[str, Any], variant: dict[str, Any], where: str) -> dict[str, Any]:
+    """A configuration with a variant's keys in place of its own; a preset begins ``mocae`` anew."""
+    for key in ("model", "out", "seed"):
+        if key in variant:
+            raise UserError(f"{where}: {key}: is the same for all variants, or given by the comparison; remove it")
+    kind = variant["system"].get("kind", "mocae") if isinstance(variant.get("system"), dict) else "mocae"
+    for key in ("mocae", "train", "router") if kind != "mocae" else ():
+        if key in variant:
+            raise UserError(f"{where}: {key}: has no effect on system.kind {kind!r}; remove it")
+    mocae = variant.get("mocae")
+    if isinstance(mocae, dict) and "preset" in mocae:
+        below = {**below, "mocae": {}}
+    return _layered(below, variant)
 
 
 def _layered(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

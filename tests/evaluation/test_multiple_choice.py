@@ -30,6 +30,11 @@ ROWS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quick_compilation: None) -> None:
+    """Tiny programs that run a few times."""
+
+
 @pytest.fixture
 def questions(tmp_path: Path) -> Any:
     (tmp_path / "mc.json").write_text(json.dumps(ROWS))

@@ -295,7 +295,7 @@ def _mocae_config(
         "router_scope": switches.router_scope,
         "router_top_k": switches.top_k,
         "mixture_weight": switches.weight,
-        "mixture_mixing": switches.mixing,
+        "mixture_mixing": "outputs" if switches.mixing == "full" else switches.mixing,  # one function
         "mixture_output": switches.output,
         "mixture_dropout": switches.dropout,
     }

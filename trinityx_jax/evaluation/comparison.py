@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import metrics
 
 
@@ -52,11 +53,20 @@ def comparison(
 
     Intervals resample rows, each with all its seeds; ``seeds`` holds what each seed alone gives.
     """
+    first = next(iter(columns.values()))[0].values
+    for label, seeds in columns.items():
+        for key in ("tokens", "objective"):
+            if any(not np.array_equal(own.values[key], first[key]) for own in seeds):
+                raise UserError(f"{label}: was measured on other test rows than {next(iter(columns))!r}")
     out: dict[str, Any] = {"objectives": list(names), "against": against, "systems": {}, "difference": {}}
     for label, seeds in columns.items():
         out["systems"][label] = {
             **_quality(seeds, names, resamples),
-            "cost": {key: float(np.mean([own.cost[key] for own in seeds])) for key in seeds[0].cost},
+            "cost": {
+                key: float(np.mean([own.cost[key] for own in seeds]))
+                for key in seeds[0].cost
+                if all(key in own.cost for own in seeds)
+            },
             "seeds": [_quality([own], names, None) for own in seeds] if len(seeds) > 1 else [],
         }
     for label, seeds in columns.items():

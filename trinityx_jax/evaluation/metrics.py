@@ -242,6 +242,9 @@ def routing_report(probabilities: np.ndarray, labels: np.ndarray, names: Sequenc
         "brier": brier(probabilities, labels, **options).as_dict(),
         "nll": nll(probabilities, labels, **options).as_dict(),
         "confusion": confusion.tolist(),
-        "mean_pi": {n: probabilities[labels == i].mean(axis=0).tolist() for i, n in enumerate(names)},
+        "mean_pi": {
+            n: probabilities[labels == i].mean(axis=0).tolist() if (labels == i).any() else None
+            for i, n in enumerate(names)
+        },
         "reliability": reliability(probabilities, labels),
     }

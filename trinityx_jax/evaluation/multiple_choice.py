@@ -61,7 +61,10 @@ def _question(row: Any, place: str) -> Question:
 def _choices(row: Mapping[str, Any], key: str, place: str) -> tuple[list[str], np.ndarray]:
     value = row.get(key)
     if isinstance(value, Mapping) and set(value) == {"choices", "labels"}:  # the hub's form
-        value = dict(zip(value["choices"], value["labels"], strict=True))
+        texts, labels = value["choices"], value["labels"]
+        if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) != len(labels):
+            raise UserError(f"{place}: {key} has no label for each choice")
+        value = dict(zip(map(str, texts), labels, strict=True))
     if not isinstance(value, Mapping) or not value or not all(label in (0, 1) for label in value.values()):
         raise UserError(f"{place}: {key} is no mapping of answers to 0 and 1")
     labels = np.asarray(list(value.values()), bool)

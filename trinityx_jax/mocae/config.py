@@ -88,10 +88,17 @@ class MoCaEConfig:
                 raise UserError(f"mocae.{name}: must not be negative, is {getattr(self, name)}")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise UserError(f"mocae.top_k: must be a whole number of at least 1, not {self.top_k!r}")
+        floor = self.gamma_floor
+        if floor is not None and (isinstance(floor, bool) or not isinstance(floor, int | float)):
+            raise UserError(f"mocae.gamma_floor: must be a number, not {floor!r}")
         if self.gamma_reference is not None and not isinstance(self.gamma_reference, str):
             raise UserError(f"mocae.gamma_reference: must be a name or a path, not {self.gamma_reference!r}")
 
     def _check_combinations(self) -> None:
+        if self.gamma_dynamic and self.train_experts:
+            raise UserError("mocae.gamma_dynamic: follows frozen experts' losses; it does not go with train_experts")
+        if self.lambda_balance and self.top_k is None:
+            raise UserError("mocae.lambda_balance: has no effect without a top_k that leaves experts out")
         if self.train_gamma and self.gamma_dynamic:
             raise UserError("mocae.gamma_dynamic: gamma is trained (train_gamma); choose one")
         if self.train_norm and self.output == "prenorm":

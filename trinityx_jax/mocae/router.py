@@ -67,7 +67,8 @@ def extended(router: Router, old: Router) -> Router:
     """A fresh router that begins as a trained one, whatever experts it has beside the trained one's.
 
     A new expert's logit begins as the mean of the others': a vector that is added to every expert's column changes
-    nothing, so no other start favours none of them. The trained temperature goes into kernel and bias.
+    nothing, so no other start favours none of them. The trained temperature goes into kernel and bias; gamma is kept
+    where it was learned.
 
     Raises:
         UserError: the trained router's shape differs, or it routes to an expert that is not there.
@@ -79,6 +80,8 @@ def extended(router: Router, old: Router) -> Router:
         raise UserError("router.from: mocae.router_scope or mocae.output differ, or the base model does")
     if old.temperature.ndim == 2 and len(old.temperature) != len(old.kernel):
         raise UserError("router.from: a shared router with a temperature for each layer; give it before calibration")
+    if not router.config.router_bias and bool(jnp.any(old.bias)):
+        raise UserError("router.from: it has a bias, which mocae.router_bias: false leaves out")
     scale = jnp.broadcast_to(router.temperature / old.temperature, (len(old.kernel), len(old.names)))
     kernel, bias = old.kernel * scale[:, None], old.bias * scale
 
@@ -86,7 +89,10 @@ def extended(router: Router, old: Router) -> Router:
         mean = jnp.mean(x, axis=-1)
         return jnp.stack([x[..., old.names.index(n)] if n in old.names else mean for n in router.names], axis=-1)
 
-    return dataclasses.replace(router, kernel=columns(kernel), bias=columns(bias), norm=dict(old.norm))
+    gamma = router.gamma
+    if old.config.train_gamma or old.config.gamma_dynamic:
+        gamma = columns(old.gamma) / jnp.sum(columns(old.gamma))
+    return dataclasses.replace(router, kernel=columns(kernel), bias=columns(bias), gamma=gamma, norm=dict(old.norm))
 
 
 def per_layer(router: Router, layers: int) -> dict[str, Any]:

@@ -121,8 +121,8 @@ def _begin(run: RunFolder, name: str, settings: dict[str, Any]) -> None:
         run.finish("experts", names=[n for n in done["names"] if n != name], rows=done["rows"])
     if run.done("router") is not None:
         log.warning("%s: its router was trained with the expert %r as it was; train it again", run.path, name)
-    run.forget("router")
     shutil.rmtree(run.path / "checkpoints" / "router", ignore_errors=True)
+    run.forget("router")
     run.begin(stage, settings, anew=True)
 
 

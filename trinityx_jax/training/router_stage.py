@@ -57,6 +57,7 @@ def router_settings(config: RunConfig) -> dict[str, Any]:
     names = dict.fromkeys([*config.experts.names, *filter(None, [config.mocae_config().gamma_reference])])
     source = config.experts.source or config.out
     kept["weights"] = None if source == SCRATCH else expert_digests(source, names)
+    del kept["router"]
     if config.router.source is not None:
         kept["router"] = {"from": config.router.source, "weights": router_digest(config.router.source)}
     return kept | data_settings(config, config.data)
@@ -105,8 +106,10 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     run.open(backbone, config.model)
     settings = router_settings(config)
     if config.train.anew and run.changed("router", settings) is not None:
+        shutil.rmtree(
+            run.path / "checkpoints" / "router", ignore_errors=True
+        )  # first: a kill between leaves the old one
         run.forget("router")
-        shutil.rmtree(run.path / "checkpoints" / "router", ignore_errors=True)
     run.begin("router", settings)
     _own_experts(config, run, own)
     save_config(config, run.path / "config-router.yaml", "router")
@@ -142,11 +145,16 @@ def _check(config: RunConfig, vectors: Mapping[str, TaskVector]) -> dict[str, Ta
         raise UserError("mocae.gamma_dynamic: train.evaluate_every is needed, gamma moves after each evaluation")
     if config.train.evaluate_every is not None and not mocae.gamma_dynamic:
         raise UserError("train.evaluate_every: has no effect on stage 'router' without mocae.gamma_dynamic; remove it")
+    done = RunFolder(config.out).done("experts")
+    if config.experts.source is not None and done is not None and done.get("source") != config.experts.source:
+        raise UserError(f"{config.out}: holds experts of its own; remove experts.from, or choose another --out")
     if mocae.train_experts and config.experts.source in (None, config.out):
         raise UserError(
             "mocae.train_experts: would replace the experts that this run holds; choose another --out, and name "
             "their run in experts.from"
         )
+    if mocae.top_k is not None and mocae.top_k > len(names):
+        raise UserError(f"mocae.top_k: {mocae.top_k} of {len(names)} experts cannot be selected")
     if mocae.routing == "uniform" and config.router.source is not None:
         raise UserError("router.from: has no effect where mocae.routing is uniform; remove it")
     return own
@@ -167,13 +175,9 @@ def _start(
 
 def _own_experts(config: RunConfig, run: RunFolder, vectors: Mapping[str, TaskVector]) -> None:
     """Copy experts that come from elsewhere into the run, so that it is self-contained."""
-    done, source = run.done("experts"), config.experts.source
-    if source is None:
-        return
-    if done is not None and done.get("source") != source:
-        raise UserError(f"{run.path}: holds experts of its own; remove experts.from, or choose another --out")
-    run.save_experts(vectors)
-    run.finish("experts", names=list(vectors), source=source)
+    if config.experts.source is not None:
+        run.save_experts(vectors)
+        run.finish("experts", names=list(vectors), source=config.experts.source)
 
 
 class _Stage:
