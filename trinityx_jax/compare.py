@@ -20,14 +20,15 @@ from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.comparison import Columns, comparison, markdown
 from trinityx_jax.evaluation.heldout import HeldOut, choices, digest_of, load_held_out, truthful
-from trinityx_jax.evaluation.multiple_choice import measures
+from trinityx_jax.evaluation.multiple_choice import Question, measures
 from trinityx_jax.evaluation.systems import System, build, cost
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import write_json, write_text
 from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled
 from trinityx_jax.progress import progress
-from trinityx_jax.runs import RunFolder, load_experts, load_router
+from trinityx_jax.runs import RunFolder, load_experts, load_router, with_paths
+from trinityx_jax.sections import SystemConfig
 from trinityx_jax.training.router_stage import router_done, stage_experts, train_router
 
 SEED = "{seed}"  # in experts.from, system.expert and router.from: the variant's seed
@@ -112,7 +113,8 @@ class Comparison:
     def __init__(self, variants: Sequence[Variant], out: str | Path):
         self.variants, self.out = variants, Path(out)
         self._backbones: dict[tuple[str, str], Backbone] = {}
-        self._held: dict[str, HeldOut] = {}
+        self._held: HeldOut | None = None  # of all variants, like the questions: ``_check``
+        self._asked: tuple[list[Question], list[Encoded]] | None = None
         self._base: dict[str, System] = {}
 
     def run(self, against: str | None = None) -> dict[str, Any]:
@@ -131,14 +133,13 @@ class Comparison:
         for config in (config for variant in self.variants for config in variant.configs):
             self._check(config)
         first = self.variants[0].configs[0]
-        choices(first, self._backbone(first).tokenizer)  # before hours of training, like the test rows
-        self._rows(first, self._backbone(first))
+        self._held = load_held_out(first, first.experts.names, self._backbone(first))  # before hours of training
+        self._asked = choices(first, self._backbone(first).tokenizer)
         columns: dict[str, list[Columns]] = {label: [] for label in labels}
         for variant in self.variants:
             for config in variant.configs:
                 columns[variant.label].append(self._measured(variant.label, config))
-        names = self.variants[0].configs[0].experts.names
-        results = comparison(columns, names, against or labels[0], self.variants[0].configs[0].evaluate.bootstrap)
+        results = comparison(columns, first.experts.names, against or labels[0], first.evaluate.bootstrap)
         write_json(self.out / "comparison.json", results)
         write_text(self.out / "comparison.md", markdown(results))
         return results
@@ -169,17 +170,15 @@ class Comparison:
     def _measured(self, label: str, config: RunConfig) -> Columns:
         backbone = self._backbone(config)
         router, vectors = self._model(label, config, backbone)
-        held = self._rows(config, backbone)
-        questions, answers = choices(config, backbone.tokenizer)
-        system = build(config, backbone, vectors, router)
-        labels = [[q.true, q.single_true] for q in questions]
-        made_of = [[v.sites for v in vectors.values()], system.scorer.experts, router, labels]
-        key = _key(config, backbone, list(vectors), router, made_of, [*held.chosen, *held.rejected, *answers])
-        store = Path(config.out) / "comparison.npz"
+        assert self._held is not None and self._asked is not None
+        questions, answers = self._asked
+        rows = [*self._held.chosen, *self._held.rejected, *answers]
+        made_of = [[v.sites for v in vectors.values()], router, [[q.true, q.single_true] for q in questions]]
+        key, store = _key(config, backbone, list(vectors), router, made_of, rows), Path(config.out) / "comparison.npz"
         kept = Columns.load(store, key)
         if kept is not None:
             return kept
-        found = self._measure(label, config, system, held, questions, answers)
+        found = self._measure(label, config, build(config, backbone, vectors, router))
         store.parent.mkdir(parents=True, exist_ok=True)
         found.save(store, key)
         return found
@@ -191,15 +190,17 @@ class Comparison:
         if config.system.kind == "base":
             return None, {}
         if config.system.kind != "mocae":
-            return None, load_experts(config.experts.source or config.out, backbone.fingerprint, backbone.config)
+            vectors = load_experts(config.experts.source or config.out, backbone.fingerprint, backbone.config)
+            wanted = [] if config.system.expert is None else [config.system.expert]
+            return None, with_paths(vectors, wanted, "system.expert", backbone.config)
         if not router_done(config):
             print(f"{label}: training {config.out}", flush=True)
             train_router(config, backbone, stage_experts(config, backbone))
         return load_router(config.out, backbone.fingerprint), load_experts(config.out, backbone.fingerprint)
 
-    def _measure(
-        self, label: str, config: RunConfig, system: System, held: HeldOut, questions: list[Any], answers: list[Any]
-    ) -> Columns:
+    def _measure(self, label: str, config: RunConfig, system: System) -> Columns:
+        assert self._held is not None and self._asked is not None
+        held, (questions, answers) = self._held, self._asked
         rows, objective = [*held.chosen, *held.rejected], np.tile(held.objective, 2)
         index = truthful(config, config.experts.names)
         with progress(label, system.scorer.batches(rows) + system.scorer.batches(answers)) as bar:
@@ -223,20 +224,11 @@ class Comparison:
             self._backbones[key] = load_backbone(*key)
         return self._backbones[key]
 
-    def _rows(self, config: RunConfig, backbone: Backbone) -> HeldOut:
-        key = json.dumps([_test_keys(config), config.train.seq_len])
-        if key not in self._held:
-            self._held[key] = load_held_out(config, config.experts.names, backbone)
-        return self._held[key]
-
     def _base_system(self, config: RunConfig) -> System:
         if config.dtype not in self._base:
-            plain = config.model_copy(update={"system": config.system.model_copy(update=_BASE)})
+            plain = config.model_copy(update={"system": SystemConfig(kind="base")})
             self._base[config.dtype] = build(plain, self._backbone(config), {}, None)
         return self._base[config.dtype]
-
-
-_BASE = {"kind": "base", "expert": None}
 
 
 def _test_keys(config: RunConfig) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig
 from trinityx_jax.data.batching import evaluation_batches
 from trinityx_jax.data.templates import Encoded
+from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.scoring import Scorer, Scores
 from trinityx_jax.experts import TaskVector, merge
 from trinityx_jax.mocae import Router
-from trinityx_jax.runs import with_paths
 
 ROUNDS = 5  # of a system's forward pass and the base's in turns
 
@@ -56,7 +56,7 @@ def build(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVecto
     """What ``system`` of a configuration names.
 
     Args:
-        vectors: the experts of its source; of kind ``mocae`` those of the run that holds the router.
+        vectors: the experts of its source, ``system.expert`` among them; of kind ``mocae`` those of the router's run.
 
     Raises:
         UserError: an expert is missing.
@@ -70,10 +70,12 @@ def build(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVecto
         return System(scorer(backbone, {}))
     if system.kind == "expert":
         assert system.expert is not None
-        found = with_paths(vectors, [system.expert], "system.expert", backbone.config)[system.expert]
-        return System(scorer(backbone, {system.expert: found}), np.ones(1))
+        return System(scorer(backbone, {system.expert: vectors[system.expert]}), np.ones(1))
     names = config.experts.names if router is None else router.names
-    own = {name: with_paths(vectors, [name], "experts.names", backbone.config)[name] for name in names}
+    for name in names:
+        if name not in vectors:
+            raise UserError(f"experts: the configuration names {name!r}, found {', '.join(vectors)}")
+    own = {name: vectors[name] for name in names}
     if system.kind == "merge":
         rule = dataclasses.asdict(system.rule())
         params = merge(backbone.params, own, rule.pop("method"), weights=system.weights, **rule)

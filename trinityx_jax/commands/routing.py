@@ -1,0 +1,109 @@
+"""``trinityx calibrate``, ``compare`` and ``sweep``: a trained router, and configurations side by side."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional, Suppress
+
+from trinityx_jax.commands.common import OK, own_options, parse_grid, parse_seeds, show, split_repeated
+from trinityx_jax.errors import UserError
+
+
+def calibrate(
+    run: Positional[str],
+    overrides: Suppress[Sequence[str]] = (),
+    fit: Literal["temperature", "expert", "layer"] | None = None,
+    to: Literal["objective", "row", "token"] = "objective",
+) -> int:
+    """Fit the router's temperatures and biases on held-out rows; ECE, Brier, NLL and accuracy before and after.
+
+    Also on prompts of files that nothing was trained on: --data.NAME.unseen (and unseen_format, unseen_split,
+    unseen_limit). --data.NAME.test and --evaluate.KEY as for evaluate.
+
+    Args:
+        run: run folder.
+        fit: one temperature; a temperature and a bias for each expert; or for each expert in each layer. By default
+            what the configuration says (mocae.calibration).
+        to: what is fitted to: the objective a row is of, or the experts' losses on a row or token.
+    """
+    from trinityx_jax.calibrate import calibrate_run, calibration_tables
+
+    rest, own = own_options(overrides, {"--fit": fit, "--to": to})
+    results = calibrate_run(run, own["--fit"], own["--to"] or "", rest)
+    show(calibration_tables(results))
+    print(f"wrote {Path(run) / 'router'}, {Path(run) / 'calibration'}")
+    return OK
+
+
+def compare(
+    config: Positional[str],
+    words: Suppress[Sequence[str]] = (),
+    out: str | None = None,
+    seeds: str | None = None,
+    against: str | None = None,
+) -> int:
+    """Train and measure variants of a configuration, one table: CONFIG VARIANT.yaml ... [--key.sub VALUE ...].
+
+    A variant's file holds the keys that differ (see configs/baselines/ and configs/ablations/). What is done is kept:
+    run again, it goes on where it stopped.
+
+    Args:
+        config: YAML file of stage 2; the variants' files follow it.
+        out: folder of the variants' runs and of comparison.json and .md; by default the configuration's out.
+        seeds: such as 0,1,2: each variant once for each, averaged; {seed} in experts.from, system.expert and
+            router.from stands for it.
+        against: the variant that others are compared with, row by row; by default the first.
+    """
+    files = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
+    rest, own = own_options(words[len(files) :], {"--out": out, "--seeds": seeds, "--against": against})
+    if not files:
+        raise UserError("compare: name the variants' files after the configuration (see configs/baselines/)")
+    return _compared(config, rest, own, files=files)
+
+
+def sweep(
+    config: Positional[str],
+    words: Suppress[Sequence[str]] = (),
+    over: Sequence[str] = (),
+    out: str | None = None,
+    seeds: str | None = None,
+    against: str | None = None,
+) -> int:
+    """Train and measure every combination of some keys' values, one table.
+
+    Such as --over mocae.temperature=0.3,0.7,1.5 --over mocae.lambda_gate=0,0.1. Other options are those of compare.
+
+    Args:
+        config: YAML file of stage 2.
+        over: KEY=VALUE,VALUE,...; can be given several times, or once with several.
+        out: folder of the runs and of comparison.json and .md; by default sweep in the configuration's out.
+        seeds: such as 0,1,2: each combination once for each, averaged.
+        against: the combination that others are compared with; by default the first.
+    """
+    swept, others = split_repeated(words, "--over")
+    rest, own = own_options(others, {"--out": out, "--seeds": seeds, "--against": against})
+    return _compared(config, rest, own, over=parse_grid([*over, *swept]))
+
+
+def _compared(config: str, rest: Sequence[str], own: dict[str, str | None], **what: Any) -> int:
+    from trinityx_jax.compare import Comparison, file_variants, grid_variants
+    from trinityx_jax.config import load_config
+    from trinityx_jax.evaluation.comparison import tables
+
+    seeds = None if own["--seeds"] is None else parse_seeds(own["--seeds"])
+    folder = own["--out"] or load_config(config).out
+    if "files" in what:
+        variants = file_variants(config, what["files"], rest, folder, seeds)
+    else:
+        folder = own["--out"] or f"{folder}/sweep"
+        variants = grid_variants(config, what["over"], rest, folder, seeds)
+    show(tables(Comparison(variants, folder).run(own["--against"])))
+    print(f"wrote {Path(folder) / 'comparison.json'}, {Path(folder) / 'comparison.md'}")
+    return OK
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"calibrate": calibrate, "compare": compare, "sweep": sweep}
