@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from trinityx_jax.backbone import Backbone
-from trinityx_jax.config import NAME, RunConfig, load_config
+from trinityx_jax.config import NAME, SCRATCH, RunConfig, load_config
 from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
@@ -116,6 +116,7 @@ class Comparison:
         self._held: HeldOut | None = None  # of all variants, like the questions: ``_check``
         self._asked: tuple[list[Question], list[Encoded]] | None = None
         self._base: dict[str, System] = {}
+        self._found: dict[str, Columns] = {}  # by digest: the base is the same for every seed
 
     def run(self, against: str | None = None) -> dict[str, Any]:
         """Every variant's numbers, which are also written as ``comparison.json`` and ``comparison.md``.
@@ -175,13 +176,13 @@ class Comparison:
         rows = [*self._held.chosen, *self._held.rejected, *answers]
         made_of = [[v.sites for v in vectors.values()], router, [[q.true, q.single_true] for q in questions]]
         key, store = _key(config, backbone, list(vectors), router, made_of, rows), Path(config.out) / "comparison.npz"
-        kept = Columns.load(store, key)
-        if kept is not None:
-            return kept
-        found = self._measure(label, config, build(config, backbone, vectors, router))
-        store.parent.mkdir(parents=True, exist_ok=True)
-        found.save(store, key)
-        return found
+        found = Columns.load(store, key)
+        if found is None:
+            found = self._found.get(key) or self._measure(label, config, build(config, backbone, vectors, router))
+            store.parent.mkdir(parents=True, exist_ok=True)
+            found.save(store, key)
+        self._found[key] = found
+        return dataclasses.replace(found, cost=found.cost | _training(config))
 
     def _model(
         self, label: str, config: RunConfig, backbone: Backbone
@@ -203,7 +204,7 @@ class Comparison:
         held, (questions, answers) = self._held, self._asked
         rows, objective = [*held.chosen, *held.rejected], np.tile(held.objective, 2)
         index = truthful(config, config.experts.names)
-        with progress(label, system.scorer.batches(rows) + system.scorer.batches(answers)) as bar:
+        with progress(label, system.scorer.batches(rows) + system.scorer.continuation_batches(answers)) as bar:
             scores = system.score(rows, objective, on_batch=lambda: bar.advance("rows"))
             found = {"nll": scores.nll, "tokens": scores.tokens, "objective": held.objective}
             if system.router is not None:
@@ -215,8 +216,7 @@ class Comparison:
             if questions:
                 nll = system.score_choices(answers, index or 0, on_batch=lambda: bar.advance("answers"))
                 found["mc1"], found["mc2"] = measures(questions, nll)
-        spent = cost(system, self._base_system(config), held.chosen)
-        return Columns(found, spent | _training(config))
+        return Columns(found, cost(system, self._base_system(config), held.chosen))
 
     def _backbone(self, config: RunConfig) -> Backbone:
         key = (config.model, config.dtype)
@@ -239,11 +239,20 @@ def _test_keys(config: RunConfig) -> dict[str, Any]:
 
 
 def _training(config: RunConfig) -> dict[str, float]:
-    """Seconds and number of stage 2's steps; nothing of a system without."""
-    lines = [line for line in RunFolder(config.out).metrics() if line.get("stage") == "router"]
-    if config.system.kind != "mocae" or not lines:
-        return {}
-    return {"train_seconds": sum(line["tokens"] / line["tokens_per_second"] for line in lines), "steps": len(lines)}
+    """Seconds and number of steps of each stage that a system rests on, where a run tells them."""
+    stages = {"router": Path(config.out)} if config.system.kind == "mocae" else {}
+    alone, source = config.system.expert, config.experts.source
+    source = alone if alone is not None and Path(alone).is_dir() else source
+    if config.system.kind != "base" and isinstance(source, str) and source != SCRATCH:
+        found = Path(source)  # a run, its folder of experts, or one of these
+        stages["experts"] = next((p for p in (found, *found.parents[:2]) if (p / "run.json").exists()), found)
+    out = {}
+    for stage, run in stages.items():
+        lines = [line for line in RunFolder(run).metrics() if line.get("stage") == stage]
+        if lines:
+            out[f"{stage}_seconds"] = sum(line["tokens"] / line["tokens_per_second"] for line in lines)
+            out[f"{stage}_steps"] = len(lines)
+    return out
 
 
 def _key(

@@ -150,25 +150,47 @@ def _perplexity(nll: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 Grid = tuple[list[str], list[list[str]]]
+QUALITY, PREFERENCE = "Perplexity of held-out answers ↓, TruthfulQA % ↑", "Prefers the better answer, % ↑"
 
 
-def grids(results: Mapping[str, Any]) -> dict[str, Grid]:
-    """The tables as text: (headings, rows) by title."""
+def overview(results: Mapping[str, Any], intervals: bool) -> Grid:
+    """One row for each system: quality, routing and cost. Without ``intervals`` it fits a terminal, less preference."""
     names, systems = results["objectives"], results["systems"]
     best = {n: min(own["perplexity"][n]["value"] for own in systems.values()) for n in names}
     choices = [key for key in ("mc1", "mc2") if any(key in own for own in systems.values())]
-    quality = []
+    rows = []
     for label, own in systems.items():
-        cells = [_cell(own["perplexity"][n], best=own["perplexity"][n]["value"] == best[n]) for n in names]
-        quality.append([label, *cells, *(_cell(own.get(key), True) for key in choices)])
+        ppl, routing = own["perplexity"], own.get("routing", {})
+        routed = routing.get("row") or routing.get("row mean") or {}
+        cells = [_cell(ppl[n], best=ppl[n]["value"] == best[n], interval=intervals) for n in names]
+        if intervals:
+            cells += [_cell(own["preference"][n], percent=True) for n in names]
+        cells += [_cell(own.get(key), percent=True, interval=intervals) for key in choices]
+        cells += [_cell(routed.get("accuracy"), percent=True, interval=intervals)]
+        cells += [_cell(routed.get(key), interval=intervals) for key in ("ece15", "brier")]
+        rows.append([label, *cells, *_cost(own["cost"])])
+    headings = [
+        "system", *(f"{n}\nppl ↓" for n in names), *(f"{n}\npref. % ↑" for n in names if intervals),
+        *(f"{key.upper()}\n% ↑" for key in choices), "routing\n% ↑", "ECE\n↓", "Brier\n↓",
+        "forward\n×", "memory\n×", "memory\nMiB", "stage 1\ns", "stage 2\ns",
+    ]  # fmt: skip
+    return headings, rows
+
+
+def grids(results: Mapping[str, Any]) -> dict[str, Grid]:
+    """What stands below the overview, with intervals: (headings, rows) by title."""
+    names, systems = results["objectives"], results["systems"]
+    choices = [key for key in ("mc1", "mc2") if any(key in own for own in systems.values())]
+    quality = [
+        [label, *(_cell(own["perplexity"][n]) for n in names), *(_cell(own.get(key), True) for key in choices)]
+        for label, own in systems.items()
+    ]
     preference = [[label, *(_cell(own["preference"][n], True) for n in names)] for label, own in systems.items()]
-    routed = {label: own for label, own in systems.items() if "routing" in own}
     routing = [
         [label, reading, _cell(found["accuracy"], True), _cell(found["ece15"]), _cell(found["brier"])]
-        for label, own in routed.items()
-        for reading, found in own["routing"].items()
+        for label, own in systems.items()
+        for reading, found in own.get("routing", {}).items()
     ]
-    costs = [[label, *_cost(own["cost"])] for label, own in systems.items()]
     against = results["against"]
     differences = [
         [label, *(_cell(by[against][n], signed=True) for n in names)]
@@ -176,49 +198,53 @@ def grids(results: Mapping[str, Any]) -> dict[str, Grid]:
         if against in by
     ]
     return {
-        "Perplexity of held-out answers ↓, TruthfulQA % ↑": (["system", *names, *map(str.upper, choices)], quality),
+        QUALITY: (["system", *names, *map(str.upper, choices)], quality),
         f"Log perplexity less that of {against}, paired ↓": (["system", *names], differences),
-        "Prefers the better answer, % ↑": (["system", *names], preference),
+        PREFERENCE: (["system", *names], preference),
         "Routing": (["system", "reading", "accuracy, % ↑", "ECE ↓", "Brier ↓"], routing),
-        "Cost": (["system", "forward, × base", "memory, × base", "memory", "training", "steps"], costs),
     }
 
 
-def _cell(estimate: Any, percent: bool = False, signed: bool = False, best: bool = False) -> str:
+def _cell(estimate: Any, percent: bool = False, signed: bool = False, best: bool = False, interval: bool = True) -> str:
     if estimate is None:
         return "–"
-    factor, form = (100, ".1f") if percent else (1, "+.3f" if signed else ".3f")
+    factor, form = (
+        (100, ".1f") if percent else (1, "+.3f" if signed else ".3f" if interval or estimate["value"] < 1 else ".2f")
+    )
     value, low, high = (f"{factor * x:{form}}" for x in (estimate["value"], *estimate["interval"]))
-    return f"{f'**{value}**' if best else value} [{low}, {high}]"
+    return (f"**{value}**" if best else value) + (f" [{low}, {high}]" if interval else "")
 
 
 def _cost(cost: Mapping[str, float]) -> list[str]:
-    train = cost.get("train_seconds")
+    seconds = (cost.get(f"{stage}_seconds") for stage in ("experts", "router"))
     return [
-        f"{cost['forward']:.2f}", f"{cost['memory']:.2f}", f"{cost['bytes'] / 2**20:,.0f} MiB",
-        "–" if train is None else f"{train:,.0f} s", f"{cost['steps']:.0f}" if "steps" in cost else "–",
+        f"{cost['forward']:.2f}", f"{cost['memory']:.2f}", f"{cost['bytes'] / 2**20:,.0f}",
+        *("–" if spent is None else f"{spent:,.0f}" for spent in seconds),
     ]  # fmt: skip
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The tables for a document."""
-    parts = []
-    for title, (headings, rows) in grids(results).items():
+    """The tables for a document: all in one, then differences and every reading of the routing."""
+    parts = {"Quality and cost": overview(results, intervals=True)}
+    parts |= {title: grid for title, grid in grids(results).items() if title not in (QUALITY, PREFERENCE)}
+    texts = []
+    for title, (headings, rows) in parts.items():
         if rows:
-            lines = [headings, ["---"] * len(headings), *rows]
-            parts.append(f"### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
-    return "\n\n".join(parts) + "\n"
+            lines = [[h.replace("\n", " ") for h in headings], ["---"] * len(headings), *rows]
+            texts.append(f"### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(texts) + "\n"
 
 
 def tables(results: Mapping[str, Any]) -> Group:
     """The tables for a terminal."""
     out = []
-    for title, (headings, rows) in grids(results).items():
+    parts = {"Quality and cost": overview(results, intervals=False)} | grids(results)
+    for title, (headings, rows) in parts.items():
         if not rows:
             continue
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
         for place, heading in enumerate(headings):
-            table.add_column(heading, justify="left" if place == 0 else "right", overflow="fold")
+            table.add_column(heading, justify="left" if place == 0 else "right", overflow="fold", no_wrap=place == 0)
         for row in rows:
             table.add_row(*(cell.replace("**", "") for cell in row))
         out.append(table)

@@ -197,7 +197,8 @@ def _multiple_choice(
     title = "TruthfulQA" if index is None else names[index]
     key = _digest([row.ids.tobytes() for row in rows], key)
     tables: dict[str, Any] = {"mc1": {}, "mc2": {}}
-    with progress("TruthfulQA", len(compared) * scorer.batches(rows)) as bar:
+    batches = scorer.continuation_batches(rows)
+    with progress("TruthfulQA", len(compared) * batches) as bar:
         for system, weights in compared.items():
 
             def score(own: np.ndarray | None = weights, name: str = system) -> Scores:
@@ -206,7 +207,7 @@ def _multiple_choice(
                 return Scores(nll, np.asarray([len(row.ids) - row.prompt_length for row in rows]))
 
             store = out / "scores" / f"choices-{system.replace(' ', '-')}.npz"
-            found = measures(questions, _stored(store, key, bar, scorer.batches(rows), score).nll)
+            found = measures(questions, _stored(store, key, bar, batches, score).nll)
             for table, values in zip(tables.values(), found, strict=True):
                 table[system] = {title: metrics.share(values, resamples=config.evaluate.bootstrap).as_dict()}
     return tables

@@ -84,6 +84,10 @@ class Scorer:
         """How many batches ``score`` will run."""
         return -(-len(rows) // self.batch_size)
 
+    def continuation_batches(self, rows: Sequence[Encoded]) -> int:
+        """How many batches ``score_continuations`` will run."""
+        return self.batches(_distinct(rows)[0])
+
     def score(
         self,
         rows: Sequence[Encoded],
@@ -140,7 +144,8 @@ class Scorer:
         router: Router | None = None,
         on_batch: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
-        """As ``score``'s nll [n], for rows that begin alike: what all share is run once."""
+        """As ``score``'s nll [n], for rows that begin alike: what all share, and equal rows, run once."""
+        rows, place = _distinct(rows)
         shared = min(_alike([row.ids for row in rows]), *(row.prompt_length - 1 for row in rows))
         function, (base, experts, how) = self._run(weights, router)
         named = {"weights": how} if router is None else {"router": how}
@@ -154,7 +159,15 @@ class Scorer:
                 nll = self._after(base, experts, named, cache, batch.arrays())
             out[index] = np.asarray(nll)[: len(index)]
             on_batch()
-        return out
+        return out[place]
+
+
+def _distinct(rows: Sequence[Encoded]) -> tuple[list[Encoded], np.ndarray]:
+    """Rows without repetition, and where each of ``rows`` stands among them."""
+    places: dict[tuple[bytes, int], int] = {}
+    place = np.asarray([places.setdefault((r.ids.tobytes(), r.prompt_length), len(places)) for r in rows], int)
+    firsts = np.unique(place, return_index=True)[1]
+    return [rows[int(i)] for i in firsts], place
 
 
 def _alike(rows: Sequence[np.ndarray]) -> int:
