@@ -161,7 +161,7 @@ def test_a_router_over_adapters_of_peft(tiny_run: Path, tiny_config: Path, tmp_p
 def test_a_card_names_the_parts_of_a_mix(tmp_path) -> None:
     from trinityx_jax.config import parse_config, save_config
     from trinityx_jax.exports import _data
-    from trinityx_jax.runs import RunFolder
+    from trinityx_jax.run_folder import RunFolder
 
     part = {"source": "x.jsonl", "format": "alpaca"}
     data = {"a": part, "b": part | {"split": "train[:3]"}, "joint": {"mix": ["a", "b"]}}

@@ -26,7 +26,8 @@ from trinityx_jax.experts import stack
 from trinityx_jax.files import write_json, write_text
 from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled, probabilities, row_means
-from trinityx_jax.runs import UNCALIBRATED, OpenRun, load_uncalibrated, need_router, open_run, save_router
+from trinityx_jax.run_folder import UNCALIBRATED
+from trinityx_jax.runs import OpenRun, load_uncalibrated, need_router, open_run, save_router
 from trinityx_jax.training.calibration import RoutingReader, Target, calibrate, objective_targets
 from trinityx_jax.training.rows import USES, load_parts, load_training_rows
 

@@ -96,7 +96,7 @@ def train_experts(config: Positional[str], overrides: Suppress[Sequence[str]] = 
     """
     from trinityx_jax.config import load_config
     from trinityx_jax.convert.load import load_backbone
-    from trinityx_jax.runs import RunFolder
+    from trinityx_jax.run_folder import RunFolder
     from trinityx_jax.training import expert_stage
 
     settings = load_config(config, overrides, "experts")
@@ -118,7 +118,7 @@ def train_router(config: Positional[str], overrides: Suppress[Sequence[str]] = (
     """
     from trinityx_jax.config import load_config
     from trinityx_jax.convert.load import load_backbone
-    from trinityx_jax.runs import RunFolder
+    from trinityx_jax.run_folder import RunFolder
     from trinityx_jax.training import router_stage
 
     settings = load_config(config, overrides, "router")
@@ -247,7 +247,7 @@ def report(run: Positional[str], out: str | None = None) -> int:
     """
     from trinityx_jax.evaluation.collect import collect
     from trinityx_jax.evaluation.report import write_report
-    from trinityx_jax.runs import RunFolder
+    from trinityx_jax.run_folder import RunFolder
 
     folder = RunFolder(run)
     path = write_report(collect(folder), folder.metrics(), Path(out) if out else folder.path / "report")

@@ -27,7 +27,8 @@ from trinityx_jax.files import write_json, write_text
 from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled
 from trinityx_jax.progress import progress
-from trinityx_jax.runs import RunFolder, load_experts, load_router, with_paths
+from trinityx_jax.run_folder import RunFolder
+from trinityx_jax.runs import load_experts, load_router, with_paths
 from trinityx_jax.sections import SystemConfig
 from trinityx_jax.training.router_stage import router_done, stage_experts, train_router
 

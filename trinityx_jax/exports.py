@@ -16,7 +16,8 @@ from trinityx_jax.convert.source import Source
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, naive_sum
 from trinityx_jax.files import read_json
-from trinityx_jax.runs import RunFolder, check_base, load_experts, load_router
+from trinityx_jax.run_folder import RunFolder
+from trinityx_jax.runs import check_base, load_experts, load_router
 
 COMBINED = "combined"
 FORMATS = ("peft", "merged", "mocae")

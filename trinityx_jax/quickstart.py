@@ -24,7 +24,8 @@ from trinityx_jax.experts import TaskVector
 from trinityx_jax.exports import facts_of
 from trinityx_jax.files import write_json
 from trinityx_jax.mocae import Router
-from trinityx_jax.runs import RunFolder, load_experts, load_router, load_uncalibrated
+from trinityx_jax.run_folder import RunFolder
+from trinityx_jax.runs import load_experts, load_router, load_uncalibrated
 from trinityx_jax.training.expert_stage import pending, train_experts
 from trinityx_jax.training.router_stage import router_settings, train_router
 

@@ -1,10 +1,8 @@
-"""The run folder: what stands where, and experts and routers as files."""
+"""Experts and routers as files, and everything that a run folder holds."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,135 +21,7 @@ from trinityx_jax.experts import SITES, TaskVector
 from trinityx_jax.experts.lora import check_fits
 from trinityx_jax.files import atomic_dir, read_json, write_json
 from trinityx_jax.mocae import MoCaEConfig, Router
-
-FORMAT = 1
-UNCALIBRATED = "router-uncalibrated"  # the router as training left it
-_PACKAGES = ("trinityx_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
-
-
-class RunFolder:
-    """A self-contained folder of one run."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    @property
-    def info_path(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    def info(self) -> dict[str, Any]:
-        """``run.json``.
-
-        Raises:
-            UserError: there is no run here, or it has another format.
-        """
-        if not self.info_path.exists():
-            raise UserError(f"{self.path}: not a run folder (no run.json)")
-        info = read_json(self.info_path)
-        if not isinstance(info, dict) or info.get("format") != FORMAT:
-            raise UserError(f"{self.info_path}: not a run description of format {FORMAT}")
-        base = info.get("base")
-        for name in ("settings", "stages"):
-            if not isinstance(info.get(name), dict) or not all(isinstance(part, dict) for part in info[name].values()):
-                raise UserError(f"{self.info_path}: {name} is missing, or no object of objects")
-        for name in ("model", "dtype", "fingerprint"):
-            if not isinstance(base, dict) or not isinstance(base.get(name), str):
-                raise UserError(f"{self.info_path}: base.{name} is missing, or no text")
-        return info
-
-    def open(self, backbone: Backbone, model: str) -> None:
-        """Start the run on a base model loaded from ``model``, or go on with it.
-
-        Raises:
-            UserError: the folder holds a run on another base model.
-        """
-        if self.info_path.exists():
-            found, fingerprint = self.info()["base"]["fingerprint"], backbone.fingerprint
-            if found != fingerprint:
-                raise UserError(
-                    f"{self.path}: holds a run on another base model ({found[:12]}, this one is {fingerprint[:12]})"
-                )
-            return
-        versions = {name: _version(name) for name in _PACKAGES}
-        base = {
-            "model": str(Path(model).resolve()) if Path(model).exists() else model,
-            "dtype": str(jax.tree.leaves(backbone.params)[0].dtype),
-            "fingerprint": backbone.fingerprint,
-            "parameters": sum(int(x.size) for x in jax.tree.leaves(backbone.params)),
-            "layers": backbone.config.num_layers,
-        }
-        write_json(self.info_path, {"format": FORMAT, "base": base, "versions": versions, "settings": {}, "stages": {}})
-
-    def done(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage left in ``run.json``; None where it is not finished."""
-        return self.info()["stages"].get(stage) if self.info_path.exists() else None
-
-    def finish(self, stage: str, **facts: Any) -> None:
-        """Record a stage as done, with what later readers want to know of it."""
-        info = self.info()
-        info["stages"][stage] = facts
-        write_json(self.info_path, info)
-
-    def changed(self, stage: str, settings: Mapping[str, Any]) -> str | None:
-        """The first setting that differs from what ``stage`` was begun with, by its path; None where none does."""
-        begun = self.info()["settings"].get(stage) if self.info_path.exists() else None
-        return None if begun is None else _difference(begun, json.loads(json.dumps(settings)))
-
-    def check_settings(self, stage: str, settings: Mapping[str, Any]) -> bool:
-        """Whether ``stage`` is done.
-
-        Raises:
-            UserError: the stage was begun with other settings, which are not mixed with these.
-        """
-        key = self.changed(stage, settings)
-        if key is not None:
-            raise UserError(f"{self.path}: stage {stage!r} was begun with other settings ({key}); choose another --out")
-        return self.done(stage) is not None
-
-    def begin(self, stage: str, settings: Mapping[str, Any], anew: bool = False) -> None:
-        """Record a stage's settings before its first step; raises as ``check_settings`` unless ``anew``."""
-        if not anew:
-            self.check_settings(stage, settings)
-        info = self.info()
-        info["settings"][stage] = dict(settings)
-        write_json(self.info_path, info)
-
-    def forget(self, stage: str) -> None:
-        """Drop what is recorded of a stage: it is to be run again."""
-        info = self.info()
-        for part in ("settings", "stages"):
-            info[part].pop(stage, None)
-        write_json(self.info_path, info)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """Every whole line of ``metrics.jsonl``."""
-        if not self.metrics_path.exists():
-            return []
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]
-
-    def save_experts(self, vectors: Mapping[str, TaskVector]) -> None:
-        """Write each expert into ``experts/NAME``."""
-        for name, vector in vectors.items():
-            save_expert(vector, self.path / "experts" / name)
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str | None:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return None if old == new else path
-    found = (_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in {**new, **old})
-    return next((place for place in found if place is not None), None)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+from trinityx_jax.run_folder import FORMAT, UNCALIBRATED, RunFolder
 
 
 def save_expert(vector: TaskVector, out: Path) -> None:
@@ -168,6 +38,12 @@ def save_expert(vector: TaskVector, out: Path) -> None:
     with atomic_dir(out) as staging:
         save_file(arrays, staging / "expert.safetensors")
         write_json(staging / "expert.json", {"format": FORMAT, "origin": vector.origin})
+
+
+def save_experts(vectors: Mapping[str, TaskVector], run: RunFolder) -> None:
+    """Write each expert into the run's ``experts/NAME``."""
+    for name, vector in vectors.items():
+        save_expert(vector, run.path / "experts" / name)
 
 
 def load_expert(folder: Path) -> TaskVector:
@@ -264,9 +140,8 @@ def expert_digests(path: str | Path | Mapping[str, str], names: Iterable[str]) -
 
 
 def router_digest(path: str | Path) -> str | None:
-    """A digest of a router's weights as ``load_router`` would find them; None where there is none."""
-    folder = Path(path) / "router" if (Path(path) / "run.json").exists() else Path(path)
-    return _weights_digest(folder)
+    """A digest of a router's weights as ``load_trained_router`` would find them; None where there is none."""
+    return _weights_digest(_trained_router(Path(path)))
 
 
 def _weights_digest(folder: Path) -> str | None:
@@ -345,6 +220,18 @@ def load_router(path: str | Path, fingerprint: str | None = None) -> Router:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / 'router.json'}: not a router's description ({error})") from error
     return Router(**arrays, **parts, config=mocae, names=names)
+
+
+def load_trained_router(path: str | Path, fingerprint: str | None = None) -> Router:
+    """As ``load_router``; a run's as training left it, which calibrating it later does not change."""
+    load_router(path, fingerprint)  # raises where the run has none, or trains it anew
+    return load_router(_trained_router(Path(path)), fingerprint)
+
+
+def _trained_router(path: Path) -> Path:
+    if not (path / "run.json").exists():
+        return path
+    return path / UNCALIBRATED if (path / UNCALIBRATED).exists() else path / "router"
 
 
 def load_uncalibrated(run: RunFolder, router: Router | None) -> Router | None:

@@ -20,7 +20,8 @@ from trinityx_jax.experts import MergeRule, TaskVector, dynamic_gamma, gamma, na
 from trinityx_jax.experts.merge import Weight
 from trinityx_jax.exports import check_apart, facts_of
 from trinityx_jax.files import read_json
-from trinityx_jax.runs import RunFolder, check_base, expert_folders, load_experts, save_expert, with_paths
+from trinityx_jax.run_folder import RunFolder
+from trinityx_jax.runs import check_base, expert_folders, load_experts, save_expert, with_paths
 
 _FILES = {"expert.json", "expert.safetensors"}
 

@@ -18,7 +18,8 @@ from trinityx_jax.convert.load import load_backbone, open_source
 from trinityx_jax.convert.peft import load_peft
 from trinityx_jax.experts import TaskVector, init_expert, merge
 from trinityx_jax.mocae import init_router, preset
-from trinityx_jax.runs import RunFolder, load_experts, load_router, save_expert, save_router
+from trinityx_jax.run_folder import RunFolder
+from trinityx_jax.runs import load_experts, load_router, save_expert, save_experts, save_router
 
 SITES = ("gate", "up", "down")
 
@@ -35,7 +36,7 @@ def some_run(tiny_model: Path) -> Path:
         for leaf in fresh.sites.values():
             leaf["b"] = 0.01 * draw.normal(size=leaf["b"].shape).astype(np.float32)
         vectors[name] = TaskVector(fresh.sites, {"base": backbone.fingerprint, "objective": name})
-    folder.save_experts(vectors)
+    save_experts(vectors, folder)
     folder.finish("experts", names=names)
     router = init_router(backbone.config, names, np.array([0.2, 0.3, 0.5], np.float32), preset("recommended"))
     save_router(router, folder.path / "router", backbone.fingerprint)

@@ -15,7 +15,7 @@ from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import init_expert
-from trinityx_jax.runs import RunFolder
+from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.training import expert_stage
 from trinityx_jax.training.expert_stage import train_experts
 

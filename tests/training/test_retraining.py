@@ -13,7 +13,8 @@ from trinityx_jax import cli
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import load_config, parse_config
 from trinityx_jax.errors import UserError
-from trinityx_jax.runs import RunFolder, load_expert, load_experts, load_router, save_expert
+from trinityx_jax.run_folder import RunFolder
+from trinityx_jax.runs import load_expert, load_experts, load_router, save_expert
 from trinityx_jax.training.expert_stage import pending, train_experts
 from trinityx_jax.training.router_stage import router_settings, train_router
 

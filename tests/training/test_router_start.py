@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from trinityx_jax import cli
 from trinityx_jax.config import RunConfig, load_config
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector
-from trinityx_jax.runs import RunFolder, load_experts, load_router, open_run, save_expert
+from trinityx_jax.run_folder import RunFolder
+from trinityx_jax.runs import load_experts, load_router, load_trained_router, open_run, save_expert, save_router
 from trinityx_jax.training.router_stage import router_done, stage_experts, train_router
 
 NAMES = ("helpful", "harmless", "honest")
@@ -113,20 +116,30 @@ def test_experts_from_scratch(run: Any, tiny_config: Path, tmp_path: Path) -> No
     assert router_done(config)
 
 
-def test_a_fourth_expert_joins_a_trained_router(run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
-    """One step at a rate of nearly nothing: the three route among themselves as they did."""
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_fourth_expert_joins_a_trained_router(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, calibrated: bool
+) -> None:
+    """One step at a rate of nearly nothing: the three route among themselves as they did.
+
+    Of a run the router as training left it is taken, so that calibrating the run later changes nothing; a folder
+    gives what it holds.
+    """
+    shutil.copytree(tiny_run, tmp_path / "three")
+    source = tmp_path / "three" / "router" if calibrated else tmp_path / "three"
     blunt = TaskVector(run.vectors["honest"].sites, run.vectors["honest"].origin)
     save_expert(0.5 * blunt, tmp_path / "blunt")
     data = "{source: samples/helpful-train.jsonl, test: samples/helpful-test.jsonl, limit: 24, format: alpaca}"
     sources = {name: str(tiny_run / "experts" / name) for name in NAMES} | {"blunt": str(tmp_path / "blunt")}
     flags = (
         "--experts.names", json.dumps([*NAMES, "blunt"]), "--experts.from", json.dumps(sources),
-        "--data.blunt", data, "--router.from", str(tiny_run), "--train.steps", "1", "--train.learning_rate", "1e-12",
+        "--data.blunt", data, "--router.from", str(source), "--train.steps", "1", "--train.learning_rate", "1e-12",
     )  # fmt: skip
     config = configure(tiny_config, tmp_path / "four", *flags)
     train_router(config, run.backbone, stage_experts(config, run.backbone))
-    four, three = load_router(tmp_path / "four" / "router-uncalibrated"), load_router(tiny_run)
-    assert three.temperature != four.temperature == 0.7  # the first is calibrated: what is kept is z over it
+    four, three = load_router(tmp_path / "four" / "router-uncalibrated"), load_trained_router(source)
+    assert (three.temperature != 0.7) == calibrated  # what is kept is z over it
+    assert four.temperature == 0.7
     assert four.names == (*NAMES, "blunt")
     u = np.random.default_rng(0).normal(size=(5, three.kernel.shape[1]))
     old, new = (
@@ -136,6 +149,14 @@ def test_a_fourth_expert_joins_a_trained_router(run: Any, tiny_run: Path, tiny_c
     np.testing.assert_allclose(new[..., :3], old, atol=1e-6)
     np.testing.assert_allclose(new[..., 3], old.mean(axis=-1), atol=1e-6)
     np.testing.assert_allclose(four.gamma, tx.gamma(stage_experts(config, run.backbone)), rtol=1e-6)
+    save_router(
+        dataclasses.replace(three, bias=three.bias + 1), tmp_path / "three" / "router", run.backbone.fingerprint
+    )
+    if calibrated:
+        with pytest.raises(UserError, match="other settings"):
+            router_done(config)
+    else:
+        assert router_done(config)
 
 
 def test_a_router_is_trained_again_when_that_is_said(

@@ -241,7 +241,8 @@ def _show_energy(found: Any) -> None:
 def _gamma_cells(src: str, vectors: Mapping[str, Any]) -> dict[str, str]:
     """gamma~ of the run's router; before there is one, by the recommended reading; "-" where it has none."""
     from trinityx_jax.experts import gamma
-    from trinityx_jax.runs import RunFolder, load_router
+    from trinityx_jax.run_folder import RunFolder
+    from trinityx_jax.runs import load_router
 
     try:
         if (Path(src) / "run.json").exists() and RunFolder(src).done("router") is not None:

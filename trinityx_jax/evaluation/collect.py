@@ -9,7 +9,8 @@ import numpy as np
 
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import read_json
-from trinityx_jax.runs import RunFolder, load_experts
+from trinityx_jax.run_folder import RunFolder
+from trinityx_jax.runs import load_experts
 
 ROUTING_CLAIM = 0.6
 

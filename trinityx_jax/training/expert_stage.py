@@ -20,7 +20,8 @@ from trinityx_jax.config import RunConfig, save_config
 from trinityx_jax.data.batching import Batch, TrainingBatches, validation_batches
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, init_expert, stack, unstack
-from trinityx_jax.runs import RunFolder
+from trinityx_jax.run_folder import RunFolder
+from trinityx_jax.runs import save_experts
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.optimizer import make_optimizer
@@ -97,7 +98,7 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
         folder = _checkpoints(run, {name: settings[name] for name in group})
         found = _Group(config, backbone, rows, group).train(run, folder)
         trained |= found
-        run.save_experts(found)
+        save_experts(found, run)
         before = run.done("experts") or {"names": [], "rows": {}}
         known = {*before["names"], *group}  # those of other configurations stay in the run
         order = [n for n in dict.fromkeys([*config.experts.names, *before["names"]]) if n in known]

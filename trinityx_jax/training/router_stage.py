@@ -26,14 +26,14 @@ from trinityx_jax.experts import ATTENTION, TaskVector, dynamic_gamma, gamma, in
 from trinityx_jax.mocae import Router, init_router
 from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.router import extended
+from trinityx_jax.run_folder import UNCALIBRATED, RunFolder
 from trinityx_jax.runs import (
-    UNCALIBRATED,
-    RunFolder,
     expert_digests,
     gamma_reference,
     load_experts,
-    load_router,
+    load_trained_router,
     router_digest,
+    save_experts,
     save_router,
 )
 from trinityx_jax.training.calibration import RoutingReader, calibrate, objective_targets
@@ -118,7 +118,8 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     if rows is not None:
         router, tuned = _Stage(config, backbone, rows, stack(list(own.values())), start).train(run)
         if mocae.train_experts:
-            run.save_experts({n: TaskVector(v.sites, own[n].origin) for n, v in zip(own, unstack(tuned), strict=True)})
+            trained = {n: TaskVector(v.sites, own[n].origin) for n, v in zip(own, unstack(tuned), strict=True)}
+            save_experts(trained, run)
         save_router(router, run.path / UNCALIBRATED, backbone.fingerprint)
         router = calibrated_on(config, backbone, tuned, router, rows.calibration)
         facts = {"rows": {n: [len(rows.train[n]), len(rows.calibration[n])] for n in own}}
@@ -170,13 +171,13 @@ def _start(
     router = init_router(backbone.config, list(own), static, mocae, config.seed)
     if config.router.source is None:
         return router
-    return extended(router, load_router(config.router.source, backbone.fingerprint))
+    return extended(router, load_trained_router(config.router.source, backbone.fingerprint))
 
 
 def _own_experts(config: RunConfig, run: RunFolder, vectors: Mapping[str, TaskVector]) -> None:
     """Copy experts that come from elsewhere into the run, so that it is self-contained."""
     if config.experts.source is not None:
-        run.save_experts(vectors)
+        save_experts(vectors, run)
         run.finish("experts", names=list(vectors), source=config.experts.source)
 
 

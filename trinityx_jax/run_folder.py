@@ -1,0 +1,139 @@
+"""The run folder: what stands where, and what is recorded of each stage."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.errors import UserError
+from trinityx_jax.files import read_json, write_json
+
+FORMAT = 1  # of run.json, expert.json and router.json
+UNCALIBRATED = "router-uncalibrated"  # the router as training left it
+_PACKAGES = ("trinityx_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+class RunFolder:
+    """A self-contained folder of one run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def info_path(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def info(self) -> dict[str, Any]:
+        """``run.json``.
+
+        Raises:
+            UserError: there is no run here, or it has another format.
+        """
+        if not self.info_path.exists():
+            raise UserError(f"{self.path}: not a run folder (no run.json)")
+        info = read_json(self.info_path)
+        if not isinstance(info, dict) or info.get("format") != FORMAT:
+            raise UserError(f"{self.info_path}: not a run description of format {FORMAT}")
+        base = info.get("base")
+        for name in ("settings", "stages"):
+            if not isinstance(info.get(name), dict) or not all(isinstance(part, dict) for part in info[name].values()):
+                raise UserError(f"{self.info_path}: {name} is missing, or no object of objects")
+        for name in ("model", "dtype", "fingerprint"):
+            if not isinstance(base, dict) or not isinstance(base.get(name), str):
+                raise UserError(f"{self.info_path}: base.{name} is missing, or no text")
+        return info
+
+    def open(self, backbone: Backbone, model: str) -> None:
+        """Start the run on a base model loaded from ``model``, or go on with it.
+
+        Raises:
+            UserError: the folder holds a run on another base model.
+        """
+        if self.info_path.exists():
+            found, fingerprint = self.info()["base"]["fingerprint"], backbone.fingerprint
+            if found != fingerprint:
+                raise UserError(
+                    f"{self.path}: holds a run on another base model ({found[:12]}, this one is {fingerprint[:12]})"
+                )
+            return
+        versions = {name: _version(name) for name in _PACKAGES}
+        base = {
+            "model": str(Path(model).resolve()) if Path(model).exists() else model,
+            "dtype": str(jax.tree.leaves(backbone.params)[0].dtype),
+            "fingerprint": backbone.fingerprint,
+            "parameters": sum(int(x.size) for x in jax.tree.leaves(backbone.params)),
+            "layers": backbone.config.num_layers,
+        }
+        write_json(self.info_path, {"format": FORMAT, "base": base, "versions": versions, "settings": {}, "stages": {}})
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage left in ``run.json``; None where it is not finished."""
+        return self.info()["stages"].get(stage) if self.info_path.exists() else None
+
+    def finish(self, stage: str, **facts: Any) -> None:
+        """Record a stage as done, with what later readers want to know of it."""
+        info = self.info()
+        info["stages"][stage] = facts
+        write_json(self.info_path, info)
+
+    def changed(self, stage: str, settings: Mapping[str, Any]) -> str | None:
+        """The first setting that differs from what ``stage`` was begun with, by its path; None where none does."""
+        begun = self.info()["settings"].get(stage) if self.info_path.exists() else None
+        return None if begun is None else _difference(begun, json.loads(json.dumps(settings)))
+
+    def check_settings(self, stage: str, settings: Mapping[str, Any]) -> bool:
+        """Whether ``stage`` is done.
+
+        Raises:
+            UserError: the stage was begun with other settings, which are not mixed with these.
+        """
+        key = self.changed(stage, settings)
+        if key is not None:
+            raise UserError(f"{self.path}: stage {stage!r} was begun with other settings ({key}); choose another --out")
+        return self.done(stage) is not None
+
+    def begin(self, stage: str, settings: Mapping[str, Any], anew: bool = False) -> None:
+        """Record a stage's settings before its first step; raises as ``check_settings`` unless ``anew``."""
+        if not anew:
+            self.check_settings(stage, settings)
+        info = self.info()
+        info["settings"][stage] = dict(settings)
+        write_json(self.info_path, info)
+
+    def forget(self, stage: str) -> None:
+        """Drop what is recorded of a stage: it is to be run again."""
+        info = self.info()
+        for part in ("settings", "stages"):
+            info[part].pop(stage, None)
+        write_json(self.info_path, info)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of ``metrics.jsonl``."""
+        if not self.metrics_path.exists():
+            return []
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _difference(old: Any, new: Any, path: str = "") -> str | None:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return None if old == new else path
+    found = (_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in {**new, **old})
+    return next((place for place in found if place is not None), None)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
