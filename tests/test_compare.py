@@ -73,6 +73,14 @@ def test_numbers_are_those_of_the_run_s_own_evaluation(
                 assert mine["n"] == theirs["n"]
                 np.testing.assert_allclose(mine["value"], theirs["value"], rtol=1e-4)
                 np.testing.assert_allclose(mine["interval"], theirs["interval"], rtol=1e-4)
+    texts = json.loads((tmp_path / "answers.json").read_text())
+    assert [row["objective"] for row in texts] == list(NAMES)
+    for mine, theirs in zip(found["answers"], texts, strict=True):
+        assert (mine["objective"], mine["prompt"]) == (theirs["objective"], theirs["prompt"])
+        alone = {name: theirs["answers"][system]["text"] for name, system in same.items() if name != "naive-merge"}
+        alone["oracle"] = theirs["answers"][mine["objective"]]["text"]
+        assert {name: mine["answers"][name] for name in alone} == alone
+        assert len(mine["answers"]) == 6
     for name in NAMES:
         best = own["perplexity"][name][name]["value"]
         np.testing.assert_allclose(found["systems"]["oracle"]["perplexity"][name]["value"], best, rtol=1e-5)
@@ -102,12 +110,13 @@ def test_what_is_done_is_not_done_again(compared: Any, capsys: Any, monkeypatch:
 
     monkeypatch.setattr(compare, "train_router", never)
     monkeypatch.setattr(compare.Comparison, "_measure", never)
+    monkeypatch.setattr(compare.System, "answer", never)
     assert cli.main(command) == 0
     assert (out / "comparison.json").read_bytes() == first
     table = capsys.readouterr().out
     assert "recommended" in table
     assert "Log perplexity less that of base" in table
-    assert (out / "comparison.md").read_text().count("| oracle |") == 2
+    assert (out / "comparison.md").read_text().count("| oracle |") == 2 + len(NAMES)
 
 
 def test_a_sweep_over_seeds_averages_them(router_config: Path, tiny_run: Path, tmp_path: Path) -> None:
@@ -119,7 +128,8 @@ def test_a_sweep_over_seeds_averages_them(router_config: Path, tiny_run: Path, t
     command = [
         "sweep", str(router_config), "--over", "system.density=0.2,0.9", "--over", "system.method=magnitude",
         "--seeds", "0,1", "--system.kind", "merge", "--out", str(out), "--evaluate.multiple_choice", "null",
-        "--evaluate.multiple_choice_prompt", "six-shot", "--experts.from", str(tmp_path / "experts-{seed}"),
+        "--evaluate.multiple_choice_prompt", "six-shot",
+        "--experts.from", json.dumps({name: str(tmp_path / "experts-{seed}" / name) for name in NAMES}),
     ]  # fmt: skip
     assert cli.main(command) == 0
     found = json.loads((out / "comparison.json").read_text())
@@ -166,7 +176,15 @@ def test_an_expert_in_a_folder_is_measured_again_when_it_changes(
         (["compare", "CONFIG", "BASE", "BASE"], "two variants are named 'base'"),
         (["compare", "CONFIG", "BASE", "--against", "other"], "--against: 'other' is not one of base"),
         (["compare", "CONFIG", "BASE", "--seeds", "0,0"], "--seeds: '0,0' is no list of different whole numbers"),
-        (["compare", "CONFIG", "BASE", "--train.mode", "single"], "train.mode: this key has no effect"),
+        (["compare", "CONFIG", "RECOMMENDED", "--train.mode", "single"], "train.mode: this key has no effect"),
+        (["compare", "CONFIG", "RECOMMENDED", "--mocae.kl", "ema"], "--mocae.kl: has no effect, every variant has"),
+        (["compare", "CONFIG", "BASE", "--train.steps", "3"], "--train.steps: has no effect, every variant has"),
+        (["compare", "CONFIG", "MERGE", "--system.method", "ties"], "--system.method: has no effect, every variant"),
+        (["compare", "CONFIG", "RECOMMENDED", "--experts.from", "nowhere"], "nowhere: holds no expert"),
+        (["compare", "CONFIG", "TYPO"], "system.expert: there is no expert 'honset'"),
+        (["compare", "CONFIG", "TRUE"], "system.weights: the weight of 'honest' is true or false, not a number"),
+        (["compare", "CONFIG", "STRANGER"], "system.weights: 'kind' is not one of helpful, harmless, honest"),
+        (["compare", "CONFIG", "BASE", "--evaluate.bootstrap", "200", "--out", "x"], "--out: this option stands twice"),
         (["compare", "CONFIG", "SEED"], "seed.yaml: seed: is the same for all variants"),
         (["compare", "CONFIG", "STEPS"], "steps.yaml: train: has no effect on system.kind 'base'"),
         (["compare", "CONFIG", "BASE", "--evaluate.multiple_choice", "none.json"], "none.json"),
@@ -183,7 +201,14 @@ def test_bad_input_is_one_sentence(
     words: list[str], says: str, router_config: Path, tmp_path: Path, capsys: Any
 ) -> None:
     places = {"CONFIG": str(router_config), "BASE": str(BASELINES / "base.yaml")}
-    for name, text in (("seed", "seed: 3"), ("steps", "system: {kind: base}\ntrain: {steps: 3}")):
+    places |= {"MERGE": str(BASELINES / "naive-merge.yaml"), "RECOMMENDED": str(ABLATIONS / "recommended.yaml")}
+    for name, text in (
+        ("seed", "seed: 3"),
+        ("steps", "system: {kind: base}\ntrain: {steps: 3}"),
+        ("typo", "system: {kind: expert, expert: honset}"),
+        ("true", "system: {kind: merge, weights: {honest: true}}"),
+        ("stranger", "system: {kind: merge, weights: {kind: 0.5}}"),
+    ):
         (tmp_path / f"{name}.yaml").write_text(text)
         places[name.upper()] = str(tmp_path / f"{name}.yaml")
     out = tmp_path / "out"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,23 @@ import jax
 import numpy as np
 
 from trinityx_jax.backbone import Backbone
-from trinityx_jax.config import NAME, SCRATCH, RunConfig, load_config
+from trinityx_jax.config import NAME, SCRATCH, RunConfig, hidden, load_config
 from trinityx_jax.convert.load import load_backbone
+from trinityx_jax.data.formats import Example
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
+from trinityx_jax.evaluation.answers import first_prompts
 from trinityx_jax.evaluation.comparison import Columns, comparison, markdown
 from trinityx_jax.evaluation.heldout import HeldOut, choices, digest_of, load_held_out, truthful
 from trinityx_jax.evaluation.multiple_choice import Question, measures
 from trinityx_jax.evaluation.systems import System, build, cost
 from trinityx_jax.experts import TaskVector
-from trinityx_jax.files import write_json, write_text
+from trinityx_jax.files import read_json, write_json, write_text
 from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled
 from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import RunFolder
-from trinityx_jax.runs import load_experts, load_router, with_paths
+from trinityx_jax.runs import expert_folders, load_experts, load_router, with_paths
 from trinityx_jax.sections import SystemConfig
 from trinityx_jax.training.router_stage import router_done, stage_experts, train_router
 
@@ -55,6 +58,9 @@ def file_variants(
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
         raise UserError(f"two variants are named {twice[0]!r}; rename a file")
+    for flag in overrides[::2]:
+        if all(hidden(file, flag) for file in files):
+            raise UserError(f"{flag}: has no effect, every variant has its own value, or no use for one; remove it")
     return [
         Variant(label, _seeded(path, overrides, Path(out) / label, seeds, file))
         for label, file in zip(labels, files, strict=True)
@@ -100,9 +106,13 @@ def _seeded(
 
 
 def _named_by_seed(config: RunConfig, seed: int) -> RunConfig:
+    def own(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: own(part) for name, part in value.items()}
+        return value.replace(SEED, str(seed)) if isinstance(value, str) else value
+
     def filled(section: Any, key: str) -> Any:
-        value = getattr(section, key)
-        return section.model_copy(update={key: value.replace(SEED, str(seed))}) if isinstance(value, str) else section
+        return section.model_copy(update={key: own(getattr(section, key))})
 
     parts = {"experts": "source", "router": "source", "system": "expert"}
     return config.model_copy(update={name: filled(getattr(config, name), key) for name, key in parts.items()})
@@ -116,6 +126,7 @@ class Comparison:
         self._backbones: dict[tuple[str, str], Backbone] = {}
         self._held: HeldOut | None = None  # of all variants, like the questions: ``_check``
         self._asked: tuple[list[Question], list[Encoded]] | None = None
+        self._prompts: tuple[list[tuple[str, Example]], list[list[int]]] = ([], [])
         self._base: dict[str, System] = {}
         self._found: dict[str, Columns] = {}  # by digest: the base is the same for every seed
 
@@ -137,11 +148,20 @@ class Comparison:
         first = self.variants[0].configs[0]
         self._held = load_held_out(first, first.experts.names, self._backbone(first))  # before hours of training
         self._asked = choices(first, self._backbone(first).tokenizer)
+        self._prompts = first_prompts(first, first.experts.names, self._backbone(first))
         columns: dict[str, list[Columns]] = {label: [] for label in labels}
+        answers: dict[str, list[str]] = {}
         for variant in self.variants:
             for config in variant.configs:
-                columns[variant.label].append(self._measured(variant.label, config))
+                found, own = self._measured(variant.label, config)
+                columns[variant.label].append(found)
+                answers.setdefault(variant.label, own)  # of the first seed
         results = comparison(columns, first.experts.names, against or labels[0], first.evaluate.bootstrap)
+        results["answers"] = [
+            {"objective": name, "prompt": example.prompt, "reference": example.response}
+            | {"answers": {label: own[place] for label, own in answers.items()}}
+            for place, (name, example) in enumerate(self._prompts[0])
+        ]
         write_json(self.out / "comparison.json", results)
         write_text(self.out / "comparison.md", markdown(results))
         return results
@@ -161,15 +181,15 @@ class Comparison:
         mocae, count = config.mocae_config(), len(config.experts.names)
         if mocae.top_k is not None and mocae.top_k > count:
             raise UserError(f"{config.out}: mocae.top_k: {mocae.top_k} of {count} experts cannot be selected")
-        if config.experts.source is None and config.system.kind != "base":
-            raise UserError("experts.from: name the run, or the folders, that all variants take their experts from")
+        _check_experts(config)
         asked = config.evaluate.multiple_choice is not None
         if config.system.kind == "oracle" and asked and truthful(config, config.experts.names) is None:
             raise UserError("evaluate.multiple_choice: no objective's test rows are TruthfulQA's; the oracle needs one")
         if config.system.kind == "mocae" and RunFolder(config.out).info_path.exists():
             router_done(config)
 
-    def _measured(self, label: str, config: RunConfig) -> Columns:
+    def _measured(self, label: str, config: RunConfig) -> tuple[Columns, list[str]]:
+        """Its numbers, and its answers to the prompts."""
         backbone = self._backbone(config)
         router, vectors = self._model(label, config, backbone)
         assert self._held is not None and self._asked is not None
@@ -177,13 +197,28 @@ class Comparison:
         rows = [*self._held.chosen, *self._held.rejected, *answers]
         made_of = [[v.sites for v in vectors.values()], router, [[q.true, q.single_true] for q in questions]]
         key, store = _key(config, backbone, list(vectors), router, made_of, rows), Path(config.out) / "comparison.npz"
+        system = functools.cache(lambda: build(config, backbone, vectors, router))
         found = Columns.load(store, key)
         if found is None:
-            found = self._found.get(key) or self._measure(label, config, build(config, backbone, vectors, router))
+            found = self._found.get(key) or self._measure(label, config, system())
             store.parent.mkdir(parents=True, exist_ok=True)
             found.save(store, key)
         self._found[key] = found
-        return dataclasses.replace(found, cost=found.cost | _training(config))
+        texts = self._answered(label, config, system, key)
+        return dataclasses.replace(found, cost=found.cost | _training(config)), texts
+
+    def _answered(self, label: str, config: RunConfig, system: Callable[[], System], key: str) -> list[str]:
+        """Answers to the prompts, kept beside the numbers."""
+        (chosen, prompts), store = self._prompts, Path(config.out) / "answers.json"
+        options = {"max_new_tokens": config.evaluate.max_new_tokens, "dtype": config.dtype}
+        made_of = [key, prompts, options]
+        if store.exists() and (kept := read_json(store))["made_of"] == made_of:
+            return list(kept["answers"])
+        with progress(f"{label}, answers", 1) as bar:
+            found = system().answer(prompts, [name for name, _ in chosen], **options)
+            bar.advance("answers")
+        write_json(store, {"made_of": made_of, "answers": found})
+        return found
 
     def _model(
         self, label: str, config: RunConfig, backbone: Backbone
@@ -230,6 +265,27 @@ class Comparison:
             plain = config.model_copy(update={"system": SystemConfig(kind="base")})
             self._base[config.dtype] = build(plain, self._backbone(config), {}, None)
         return self._base[config.dtype]
+
+
+def _check_experts(config: RunConfig) -> None:
+    """Raise UserError where the experts that a system is made of are not there."""
+    source, kind, names = config.experts.source, config.system.kind, config.experts.names
+    if kind == "base" or source == SCRATCH:
+        return
+    if source is None:
+        raise UserError("experts.from: name the run, or the folders, that all variants take their experts from")
+    for folder in source.values() if isinstance(source, dict) else ():
+        expert_folders(Path(folder))  # raises
+    found = source if isinstance(source, dict) else expert_folders(Path(source))
+    alone = config.system.expert
+    if alone is not None and alone not in found and not Path(alone).is_dir():
+        raise UserError(f"{config.out}: system.expert: there is no expert {alone!r} (experts: {', '.join(found)})")
+    for name in config.system.weights or ():
+        if name not in names:
+            raise UserError(f"{config.out}: system.weights: {name!r} is not one of {', '.join(names)}")
+    missing = [name for name in names if name not in found and kind != "expert"]
+    if missing:
+        raise UserError(f"{config.out}: experts.from: holds no expert {missing[0]!r} (it has {', '.join(found)})")
 
 
 def _test_keys(config: RunConfig) -> dict[str, Any]:

@@ -211,6 +211,28 @@ def _varied(below: dict[str, Any], variant: dict[str, Any], where: str) -> dict[
     return _layered(below, variant)
 
 
+def hidden(path: str | Path, flag: str) -> bool:
+    """Whether a variant's file leaves an override (``--key.sub``) without effect on it.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    variant, keys = _read(Path(path)), flag.removeprefix("--").split(".")
+    kind = variant["system"].get("kind", "mocae") if isinstance(variant.get("system"), dict) else "mocae"
+    if kind != "mocae" and keys[0] in ("mocae", "router", "train") and keys != ["train", "seq_len"]:
+        return True
+    if keys[0] == "mocae" and isinstance(variant.get("mocae"), dict) and "preset" in variant["mocae"]:
+        return True
+    node: Any = variant
+    for key in keys:
+        if not isinstance(node, dict):
+            return True
+        if key not in node:
+            return False
+        node = node[key]
+    return not isinstance(node, dict)
+
+
 def _layered(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """The first mapping with the second's values in place of its own, section by section."""
     out = dict(below)

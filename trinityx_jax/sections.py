@@ -221,6 +221,15 @@ class SystemConfig(Section):
     majority: str | None = None
     seed: int | None = None
 
+    @pydantic.field_validator("weights", mode="before")
+    @classmethod
+    def _weights_are_numbers(cls, weights: Any) -> Any:
+        """Nor are YAML's true and false numbers in here."""
+        for name, value in weights.items() if isinstance(weights, dict) else ():
+            if any(isinstance(part, bool) for part in (value if isinstance(value, list) else [value])):
+                raise ValueError(f"the weight of {name!r} is true or false, not a number")
+        return weights
+
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> SystemConfig:
         if (self.kind == "expert") != (self.expert is not None):

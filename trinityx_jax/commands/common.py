@@ -19,11 +19,17 @@ def show(renderable: Any) -> None:
 
 
 def own_options(words: Sequence[str], own: dict[str, str | None]) -> tuple[list[str], dict[str, str | None]]:
-    """The configuration's overrides, and the command's own options, which stand among them."""
+    """The configuration's overrides, and the command's own options, which stand among them.
+
+    Raises:
+        UserError: one of its options stands twice.
+    """
     rest: list[str] = []
     found = dict(own)
     for flag, *value in (words[i : i + 2] for i in range(0, len(words), 2)):
         if flag in own and value:
+            if found[flag] is not None:
+                raise UserError(f"{flag}: this option stands twice")
             found[flag] = value[0]
         else:
             rest += [flag, *value]

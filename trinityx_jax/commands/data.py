@@ -26,7 +26,10 @@ _VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 
 
 def data_show(
-    config: Positional[str], overrides: Suppress[Sequence[str]] = (), rows: int = 2, objective: str | None = None
+    config: Positional[str],
+    overrides: Suppress[Sequence[str]] = (),
+    rows: int | None = None,
+    objective: str | None = None,
 ) -> int:
     """Show training rows as the model reads them, and which tokens are learned. Any key can be overridden.
 
@@ -35,16 +38,17 @@ def data_show(
 
     Args:
         config: YAML file (see configs/).
-        rows: how many of each objective; 0 shows the counts alone.
+        rows: how many of each objective, 2 by default; 0 shows the counts alone.
         objective: only this one.
     """
     from trinityx_jax.config import load_config
     from trinityx_jax.convert.load import open_tokenizer
     from trinityx_jax.training.rows import encode_parts, load_parts, put_together
 
-    rest, own = own_options(overrides, {"--rows": str(rows), "--objective": objective})
-    if not (own["--rows"] or "").isdecimal():
-        raise UserError(f"--rows {own['--rows']}: expected a number of rows")
+    rest, own = own_options(overrides, {"--rows": None if rows is None else str(rows), "--objective": objective})
+    wanted = own["--rows"] or "2"
+    if not wanted.isdecimal():
+        raise UserError(f"--rows {wanted}: expected a number of rows")
     settings = load_config(config, rest)
     names = settings.experts.names if own["--objective"] is None else [own["--objective"]]
     if unknown := [n for n in names if n not in settings.experts.names]:
@@ -64,7 +68,7 @@ def data_show(
             console.print(f"\n{name}: a mix of {', '.join(settings.parts(name))}", style="bold", highlight=False)
             console.print(_sizes(whole, name, settings.train.seq_len), highlight=False)
         for part in [p for p in settings.parts(name) if p not in shown]:
-            _show_part(console, settings, part, parts[part], encoded, tokenizer, int(own["--rows"] or 0))
+            _show_part(console, settings, part, parts[part], encoded, tokenizer, int(wanted))
             shown.add(part)
     return 0
 

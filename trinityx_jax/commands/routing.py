@@ -17,7 +17,7 @@ def calibrate(
     run: Positional[str],
     overrides: Suppress[Sequence[str]] = (),
     fit: Literal["temperature", "expert", "layer"] | None = None,
-    to: Literal["objective", "row", "token"] = "objective",
+    to: Literal["objective", "row", "token"] | None = None,
 ) -> int:
     """Fit the router's temperatures and biases on held-out rows; ECE, Brier, NLL and accuracy before and after.
 
@@ -28,12 +28,12 @@ def calibrate(
         run: run folder.
         fit: one temperature; a temperature and a bias for each expert; or for each expert in each layer. By default
             what the configuration says (mocae.calibration).
-        to: what is fitted to: the objective a row is of, or the experts' losses on a row or token.
+        to: what is fitted to: the objective a row is of (the default), or the experts' losses on a row or token.
     """
     from trinityx_jax.calibrate import calibrate_run, calibration_tables
 
     rest, own = own_options(overrides, {"--fit": fit, "--to": to})
-    results = calibrate_run(run, own["--fit"], own["--to"] or "", rest)
+    results = calibrate_run(run, own["--fit"], own["--to"] or "objective", rest)
     show(calibration_tables(results))
     print(f"wrote {Path(run) / 'router'}, {Path(run) / 'calibration'}")
     return OK
@@ -53,7 +53,7 @@ def compare(
 
     Args:
         config: YAML file of stage 2; the variants' files follow it.
-        out: folder of the variants' runs and of comparison.json and .md; by default the configuration's out.
+        out: folder of the variants' runs and of comparison.json and .md; by default compare in the configuration's out.
         seeds: such as 0,1,2: each variant once for each, averaged; {seed} in experts.from, system.expert and
             router.from stands for it.
         against: the variant that others are compared with, row by row; by default the first.
@@ -95,11 +95,10 @@ def _compared(config: str, rest: Sequence[str], own: dict[str, str | None], **wh
     from trinityx_jax.evaluation.comparison import tables
 
     seeds = None if own["--seeds"] is None else parse_seeds(own["--seeds"])
-    folder = own["--out"] or load_config(config).out
+    folder = own["--out"] or f"{load_config(config).out}/{'compare' if 'files' in what else 'sweep'}"
     if "files" in what:
         variants = file_variants(config, what["files"], rest, folder, seeds)
     else:
-        folder = own["--out"] or f"{folder}/sweep"
         variants = grid_variants(config, what["over"], rest, folder, seeds)
     show(tables(Comparison(variants, folder).run(own["--against"])))
     print(f"wrote {Path(folder) / 'comparison.json'}, {Path(folder) / 'comparison.md'}")

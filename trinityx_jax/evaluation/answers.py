@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig
+from trinityx_jax.data.formats import Example
 from trinityx_jax.data.templates import encode_prompts
 from trinityx_jax.evaluation.heldout import BASE, MOCAE, held_out_pairs, in_order
 from trinityx_jax.experts import TaskVector
@@ -14,6 +15,19 @@ from trinityx_jax.generation.answers import answer_routing
 from trinityx_jax.generation.decode import generate_ids
 from trinityx_jax.mocae import Router
 from trinityx_jax.progress import progress
+
+
+def first_prompts(
+    config: RunConfig, names: Sequence[str], backbone: Backbone
+) -> tuple[list[tuple[str, Example]], list[list[int]]]:
+    """The first ``evaluate.prompts`` test rows of every objective, with its name, and their prompts' token ids."""
+    chosen = []
+    prompts: list[list[int]] = []
+    for name in names:
+        for data, pairs in held_out_pairs(config, name, config.evaluate.prompts):
+            chosen += [(name, p.chosen) for p in pairs]
+            prompts += encode_prompts(data.template, [p.chosen for p in pairs], backbone.tokenizer)
+    return chosen, prompts
 
 
 def side_by_side(
@@ -27,12 +41,7 @@ def side_by_side(
     """
     vectors = in_order(config, vectors, router)
     names = list(vectors)
-    chosen = []
-    prompts: list[list[int]] = []
-    for name in names:
-        for data, pairs in held_out_pairs(config, name, config.evaluate.prompts):
-            chosen += [(name, p.chosen) for p in pairs]
-            prompts += encode_prompts(data.template, [p.chosen for p in pairs], backbone.tokenizer)
+    chosen, prompts = first_prompts(config, names, backbone)
     options: dict[str, Any] = {"max_new_tokens": config.evaluate.max_new_tokens, "dtype": config.dtype}
     variants: dict[str, dict[str, Any]] = {BASE: {"weights": {}}}
     variants |= {name: {"weights": {name: 1.0}} for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -232,7 +233,22 @@ def markdown(results: Mapping[str, Any]) -> str:
         if rows:
             lines = [[h.replace("\n", " ") for h in headings], ["---"] * len(headings), *rows]
             texts.append(f"### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
-    return "\n\n".join(texts) + "\n"
+    return "\n\n".join([*texts, *map(_side_by_side, results["answers"])]) + "\n"
+
+
+def _side_by_side(row: Mapping[str, Any]) -> str:
+    """One prompt with every system's answer."""
+
+    def cell(text: str) -> str:
+        return " ".join(html.escape(text, quote=False).replace("|", "&#124;").split())
+
+    head = [f"### A prompt of {row['objective']}", f"> {cell(row['prompt'])}"]
+    answers = {"reference": row["reference"], **row["answers"]}
+    return (
+        "\n\n".join(head)
+        + "\n\n| system | answer |\n| --- | --- |\n"
+        + "\n".join(f"| {label} | {cell(answer)} |" for label, answer in answers.items())
+    )
 
 
 def tables(results: Mapping[str, Any]) -> Group:

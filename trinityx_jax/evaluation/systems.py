@@ -17,6 +17,7 @@ from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.scoring import Scorer, Scores
 from trinityx_jax.experts import TaskVector, merge
+from trinityx_jax.generation.decode import generate_ids
 from trinityx_jax.mocae import Router
 
 ROUNDS = 5  # of a system's forward pass and the base's in turns
@@ -24,9 +25,13 @@ ROUNDS = 5  # of a system's forward pass and the base's in turns
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """A base with static weights over experts, or with a router; ``oracle``: each row through its own expert."""
+    """A base with static weights over experts, or with a router; ``oracle``: each row through its own expert.
+
+    ``vectors``: the experts of its scorer, by name.
+    """
 
     scorer: Scorer
+    vectors: Mapping[str, TaskVector]
     weights: np.ndarray | None = None
     router: Router | None = None
     oracle: bool = False
@@ -51,6 +56,24 @@ class System:
         weights = np.eye(objective + 1, len(self.scorer.names))[objective] if self.oracle else self.weights
         return self.scorer.score_continuations(rows, weights=weights, router=self.router, on_batch=on_batch)
 
+    def answer(self, prompts: Sequence[Sequence[int]], objectives: Sequence[str], **options: Any) -> list[str]:
+        """Greedy answers to prompts (token ids) of these objectives; ``options`` as for ``generate_ids``."""
+        backbone, names = self.scorer.backbone, self.scorer.names
+        out: dict[int, str] = {}
+        for objective in dict.fromkeys(objectives) if self.oracle else (None,):
+            own = [i for i, name in enumerate(objectives) if objective in (None, name)]
+            static = self.weights if objective is None else np.eye(len(names))[names.index(objective)]
+            weights = None if static is None else dict(zip(names, static.tolist(), strict=True))
+            how: dict[str, Any] = {
+                "experts": self.vectors or None,
+                "router": self.router,
+                "weights": weights,
+                **options,
+            }
+            for i, ids in zip(own, generate_ids(backbone, [prompts[i] for i in own], **how), strict=True):
+                out[i] = backbone.tokenizer.decode(ids, skip_special_tokens=True)
+        return [out[i] for i in range(len(prompts))]
+
 
 def build(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector], router: Router | None) -> System:
     """What ``system`` of a configuration names.
@@ -67,10 +90,11 @@ def build(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVecto
         return Scorer(backbone, vectors, config.dtype, config.evaluate.batch_size)
 
     if system.kind == "base":
-        return System(scorer(backbone, {}))
+        return System(scorer(backbone, {}), {})
     if system.kind == "expert":
         assert system.expert is not None
-        return System(scorer(backbone, {system.expert: vectors[system.expert]}), np.ones(1))
+        alone = {system.expert: vectors[system.expert]}
+        return System(scorer(backbone, alone), alone, np.ones(1))
     names = config.experts.names if router is None else router.names
     for name in names:
         if name not in vectors:
@@ -79,10 +103,10 @@ def build(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVecto
     if system.kind == "merge":
         rule = dataclasses.asdict(system.rule())
         params = merge(backbone.params, own, rule.pop("method"), weights=system.weights, **rule)
-        return System(scorer(dataclasses.replace(backbone, params=params), {}))
+        return System(scorer(dataclasses.replace(backbone, params=params), {}), {})
     if system.kind == "oracle":
-        return System(scorer(backbone, own), oracle=True)
-    return System(scorer(backbone, own), router=router)
+        return System(scorer(backbone, own), own, oracle=True)
+    return System(scorer(backbone, own), own, router=router)
 
 
 def cost(system: System, base: System, rows: Sequence[Encoded]) -> dict[str, float]:
