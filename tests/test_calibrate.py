@@ -14,7 +14,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 import trinityx_jax as tx
 from trinityx_jax import cli
-from trinityx_jax.calibrate import MEAN, POOLED, PROMPTS, ROWS, TOKENS, UNSEEN
+from trinityx_jax.calibrate import EQUAL, MEAN, POOLED, PROMPTS, ROWS, TOKENS, UNSEEN
 from trinityx_jax.config import load_config
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.evaluation.heldout import load_held_out
@@ -100,14 +100,13 @@ def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
     assert found["pool"] == {key: np.asarray(x).tolist() for key, x in router.pool.items()}
     assert json.loads(after["run.json"])["stages"]["router"]["temperature"] == found["temperature"]["after"]
     calibration = load_training_rows(config, opened.backbone, together=True).calibration
-    counts = {"calibration": [len(calibration[name]) for name in NAMES]} | dict.fromkeys(
-        (ROWS, PROMPTS, UNSEEN), [4] * 3
-    )
+    counts = {"calibration": [len(calibration[name]) for name in NAMES]}
+    counts |= dict.fromkeys((ROWS, PROMPTS, EQUAL, UNSEEN), [4] * 3)
     assert found["rows"] == counts
 
     routing = found["routing"]
     assert {what: set(by_label) for what, by_label in routing.items()} == {
-        ROWS: {"objective", "best expert"}, PROMPTS: {"objective"}, UNSEEN: {"objective"},
+        ROWS: {"objective", "best expert"}, PROMPTS: {"objective"}, EQUAL: {"objective"}, UNSEEN: {"objective"},
     }  # fmt: skip
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), routing[UNSEEN], routing[PROMPTS])
     assert routing[PROMPTS] != {"objective": routing[ROWS]["objective"]}
@@ -124,8 +123,11 @@ def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
     best = np.argmin(losses, axis=0)
     for state, own in (("before", start), ("after", router)):
         pi = forward(opened, held.chosen, own)
-        for what, pool in ((ROWS, "row"), (PROMPTS, "prompt")):
+        for what, pool in ((ROWS, "row"), (PROMPTS, "prompt"), (EQUAL, "prompt")):
             ends = [row.prompt_length if what == PROMPTS else len(row.ids) for row in held.chosen]
+            if what == EQUAL:
+                ends = [min(ends)] * len(ends)
+                assert found["matched_length"] == ends[0]
             cut = [x[:end] for x, end in zip(pi, ends, strict=True)]
             means = np.stack([x.mean(axis=(0, 1)) for x in cut])
             for label, index in {"objective": LABELS, "best expert": best}.items():
@@ -177,6 +179,7 @@ def before_of(tree: Any) -> list[Any]:
         (["--fit", "none"], "'none' is not one of temperature, expert, layer"),
         (["--train.steps", "2"], "--train.steps: has no effect"),
         (["--data.honest.source", "samples/honest-test.csv"], "--data.honest.source: has no effect"),
+        (["--evaluate.prompts", "2"], "--evaluate.prompts: has no effect here"),
         (["--data.honest.unseen_limit", "2"], "unseen_limit: this key has no effect without unseen"),
         (["--data.honest.unseen", "nowhere.csv"], "nowhere.csv: no such file"),
         (["--fit"], "--fit"),

@@ -20,7 +20,7 @@ from trinityx_jax.data.templates import Encoded, encode_prompts
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import figures, metrics
 from trinityx_jax.evaluation.expert_losses import ExpertLosses, expert_losses
-from trinityx_jax.evaluation.heldout import load_held_out
+from trinityx_jax.evaluation.heldout import HeldOut, load_held_out, one_template
 from trinityx_jax.evaluation.suite import check_overrides
 from trinityx_jax.experts import stack
 from trinityx_jax.files import write_json, write_text
@@ -44,14 +44,17 @@ SHOWN = {
 }
 TOKENS, MEAN, POOLED = "token", "row mean", "row"  # readings of a row's routing
 ROWS, PROMPTS, UNSEEN = "held-out rows", "held-out prompts", "unseen prompts"
+EQUAL = "one template, matched lengths"  # neither style of a data set's prompts nor length of its rows tells
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows with the expert that each is measured against [n]."""
+    """Rows, the objective of each [n], and what is measured of them: by name how many of its tokens each row counts
+    with [n], and which pool makes their mean probabilities."""
 
     rows: list[Encoded]
     labels: np.ndarray
+    views: Mapping[str, tuple[list[int], str]] = dataclasses.field(default_factory=dict)
 
 
 def calibrate_run(
@@ -78,43 +81,58 @@ def calibrate_run(
             raise UserError(f"{flag}: {value!r} is not one of {', '.join(known)}")
     check_overrides(overrides, None, calibration=True)
     run = open_run(path)
-    router = need_router(run)
+    start = _as_trained(run)
+    kind, names = kind or start.config.calibration, start.names
+    if kind == "none":
+        raise UserError("--fit: mocae.calibration is none; say what to fit: temperature, expert or layer")
+    file = run.folder.path / "config-router.yaml"
+    plain, config = load_config(file), load_config(file, overrides)  # other test rows change no training row
+    held = load_held_out(config, names, run.backbone)
+    sets = [*_held_out(config, run, names, held), _unseen(config, plain, run, names)]
+    settings = (run.backbone, stack([run.vectors[name] for name in names]), config.dtype, config.evaluate.batch_size)
+    fitted_on = _calibration_rows(plain, run, names)
+    own = expert_losses(*settings, fitted_on.rows, len(names), tempered=True)
+    temperatures = own.temperatures(fitted_on.labels)
+    reader = RoutingReader(*settings)
+    after = calibrate(reader, start, fitted_on.rows, _targets(to, own, temperatures, fitted_on), kind)
+    states = {"before": dataclasses.replace(start, pool={}), "after": after}
+    best = expert_losses(*settings, held.chosen, len(names)).means().argmin(axis=1)
+    labels = {"calibration": fitted_on.labels} | {view: part.labels for part in sets for view in part.views}
+    results = {
+        "fit": kind,
+        "to": to,
+        "experts": list(names),
+        "expert_temperatures": dict(zip(names, temperatures.tolist(), strict=True)),
+        "temperature": {name: np.asarray(state.temperature).tolist() for name, state in states.items()},
+        "pool": {key: np.asarray(x).tolist() for key, x in after.pool.items()},
+        "rows": {what: np.bincount(index, minlength=len(names)).tolist() for what, index in labels.items()},
+        "matched_length": next(part.views[EQUAL][0][0] for part in sets if EQUAL in part.views),
+        "routing": _measure(config, reader, states, sets, best),
+    }
+    _save(run, start, after, results)
+    return results
+
+
+def _as_trained(run: OpenRun) -> Router:
+    """The router before any calibration; raises UserError where there is none to calibrate."""
+    router, path = need_router(run), run.folder.path
     start = load_uncalibrated(run.folder, router) or router
     if start is router and router.config.calibration != "none":
         raise UserError(f"{path}: was calibrated by an older version, which kept no router as trained; train it anew")
     if start.config.routing == "uniform":
         raise UserError(f"{path}: its routing is uniform; there is nothing to calibrate")
-    kind = kind or start.config.calibration
-    if kind == "none":
-        raise UserError("--fit: mocae.calibration is none; say what to fit: temperature, expert or layer")
-    file = run.folder.path / "config-router.yaml"
-    plain, config = load_config(file), load_config(file, overrides)  # other test rows change no training row
-    held = load_held_out(config, router.names, run.backbone)
-    sets = {ROWS: Rows(held.chosen, held.objective), UNSEEN: _unseen(config, plain, run, router.names)}
-    experts = stack([run.vectors[name] for name in router.names])
-    settings = (run.backbone, experts, config.dtype, config.evaluate.batch_size)
-    fitted_on = _calibration_rows(plain, run, router.names)
-    own = expert_losses(*settings, fitted_on.rows, len(router.names), tempered=True)
-    temperatures = own.temperatures(fitted_on.labels)
-    reader = RoutingReader(*settings)
-    after = calibrate(reader, start, fitted_on.rows, _targets(to, own, temperatures, fitted_on), kind)
-    states = {"before": dataclasses.replace(start, pool={}), "after": after}
-    best = expert_losses(*settings, held.chosen, len(router.names)).means().argmin(axis=1)
-    results = {
-        "fit": kind,
-        "to": to,
-        "experts": list(router.names),
-        "expert_temperatures": dict(zip(router.names, temperatures.tolist(), strict=True)),
-        "temperature": {name: np.asarray(state.temperature).tolist() for name, state in states.items()},
-        "pool": {key: np.asarray(x).tolist() for key, x in after.pool.items()},
-        "rows": {
-            what: np.bincount(own.labels, minlength=len(router.names)).tolist()
-            for what, own in {"calibration": fitted_on, **sets, PROMPTS: sets[ROWS]}.items()
-        },
-        "routing": _measure(config, reader, states, sets, best),
-    }
-    _save(run, start, after, results)
-    return results
+    return start
+
+
+def _held_out(config: RunConfig, run: OpenRun, names: Sequence[str], held: HeldOut) -> list[Rows]:
+    """The test rows whole, their prompts, and as many of their first tokens as all have, in one template."""
+    equal = one_template(config, run.backbone, names, held)
+    ends = [[len(row.ids) for row in held.chosen], [row.prompt_length for row in held.chosen]]
+    views = {ROWS: (ends[0], "row"), PROMPTS: (ends[1], "prompt")}
+    matched = {EQUAL: ([min(len(row.ids) for row in equal)] * len(equal), "prompt")}
+    if equal is held.chosen:
+        return [Rows(held.chosen, held.objective, views | matched)]
+    return [Rows(held.chosen, held.objective, views), Rows(equal, held.objective, matched)]
 
 
 def _targets(to: str, losses: ExpertLosses, temperatures: np.ndarray, own: Rows) -> list[Target]:
@@ -148,24 +166,23 @@ def _unseen(config: RunConfig, plain: RunConfig, run: OpenRun, names: Sequence[s
             cut = ids[: config.train.seq_len]
             rows.append(Encoded(np.asarray(cut, np.int32), len(cut), data.unseen or ""))
             labels.append(index)
-    return Rows(rows, np.asarray(labels, int))
+    return Rows(rows, np.asarray(labels, int), {UNSEEN: ([len(row.ids) for row in rows], "prompt")})
 
 
 def _measure(
-    config: RunConfig, reader: RoutingReader, routers: dict[str, Router], sets: dict[str, Rows], best: np.ndarray
+    config: RunConfig, reader: RoutingReader, routers: dict[str, Router], sets: Sequence[Rows], best: np.ndarray
 ) -> dict[str, Any]:
-    """Metrics by rows, label (the objective's id; of rows with answers also the best expert), reading and state."""
+    """Metrics by view, label (the objective's id; of whole rows also the best expert), reading and state."""
     out: dict[str, Any] = {}
-    for what, own in sets.items():
+    for own in sets:
         for state, router in routers.items() if own.rows else ():
             z = reader.logits(router, own.rows)
-            starts = [x[: row.prompt_length] for x, row in zip(z, own.rows, strict=True)]
-            parts = {PROMPTS: (starts, "prompt"), ROWS: (z, "row")} if what == ROWS else {what: (starts, "prompt")}
-            for name, (logits, pool) in parts.items():
-                labels = {"objective": own.labels} | ({"best expert": best} if name == ROWS else {})
+            for view, (ends, pool) in own.views.items():
+                cut = [x[:end] for x, end in zip(z, ends, strict=True)]
+                labels = {"objective": own.labels} | ({"best expert": best} if view == ROWS else {})
                 for label, index in labels.items():
-                    found = out.setdefault(name, {}).setdefault(label, {})
-                    for reading, report in _readings(logits, router, pool, index, config.evaluate.bootstrap).items():
+                    found = out.setdefault(view, {}).setdefault(label, {})
+                    for reading, report in _readings(cut, router, pool, index, config.evaluate.bootstrap).items():
                         found.setdefault(reading, {})[state] = report
     return out
 
@@ -194,11 +211,11 @@ def _save(run: OpenRun, start: Router, after: Router, results: dict[str, Any]) -
     out = folder.path / "calibration"
     write_json(out / "results.json", results)
     own = results["routing"][ROWS]["objective"]
-    for reading, (first, second) in {TOKENS: (TOKENS, TOKENS), MEAN: (MEAN, POOLED)}.items():
-        bins = (own[first]["before"]["reliability"], own[second]["after"]["reliability"])
-        labels = (f"{first}, before calibration", f"{second}, after")
-        drawn = figures.standalone(figures.reliability(*bins, labels))
-        write_text(out / f"reliability-{reading.partition(' ')[0]}.svg", drawn)
+    curves = {"token": [(TOKENS, "before"), (TOKENS, "after")]}
+    curves["row"] = [(MEAN, "before"), (MEAN, "after"), (POOLED, "after")]
+    for name, parts in curves.items():
+        bins = {f"{reading}, {state} calibration": own[reading][state]["reliability"] for reading, state in parts}
+        write_text(out / f"reliability-{name}.svg", figures.standalone(figures.reliability(bins)))
 
 
 def calibration_tables(results: Mapping[str, Any]) -> Group:
@@ -206,7 +223,8 @@ def calibration_tables(results: Mapping[str, Any]) -> Group:
     tables = []
     for what, by_label in results["routing"].items():
         for label, by_reading in by_label.items():
-            title = f"{what}, n = {sum(results['rows'][what]):,}, against the {label}"
+            cut = f" ({results['matched_length']} tokens)" if what == EQUAL else ""
+            title = f"{what}{cut}, n = {sum(results['rows'][what]):,}, against the {label}"
             uniform = len(results["experts"])
             title += f" (a uniform router: Brier {1 - 1 / uniform:.3f}, NLL {math.log(uniform):.3f})"
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", padding=(0, 1, 0, 0))

@@ -183,8 +183,12 @@ def test_every_token_s_metrics_weigh_rows_alike_and_resample_them_whole() -> Non
     for name, value in whole.items():
         np.testing.assert_allclose(found[name]["value"], value, rtol=1e-9)
         low, high = np.percentile([own[name] for own in draws], [2.5, 97.5])
+        if name.endswith(
+            ("15", "10", "ece")
+        ):  # the interval holds the estimate
+            low, high = min(low, value), max(high, value)
         np.testing.assert_allclose(found[name]["interval"], [low, high], rtol=1e-9)
-        assert low < value < high or name.endswith(("15", "10", "ece"))  # a resample's error is larger, by chance
+        assert low <= value <= high
     again = metrics.token_report([own.repeat(3, axis=0) for own in pi], labels, **options)
     for name in whole:  # more tokens of a row are no more rows
         np.testing.assert_allclose(again[name]["interval"], found[name]["interval"], rtol=1e-9)

@@ -255,7 +255,7 @@ def test_closing_table_without_router_or_anything(results: dict) -> None:
 def test_figures_without_data_are_empty() -> None:
     assert figures.loss_curves([]) == ""
     assert figures.routing_map({}, EXPERTS, EXPERTS) == ""
-    assert figures.reliability([], []) == ""
+    assert figures.reliability({"before": [], "after": []}) == ""
     assert figures.perplexity_bars({}) == ""
     assert figures.perplexity_bars({"perplexity": {"base": {"helpful": est(None, 3)}}}) == ""
 

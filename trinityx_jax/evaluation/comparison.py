@@ -97,25 +97,26 @@ def _quality(seeds: Sequence[Columns], names: Sequence[str], resamples: int | No
         if key in seeds[0].values:
             out[key] = done(_average, _mean(seeds, key))
     if "row_pi" in seeds[0].values:
-        out["routing"] = {"row mean": _routing([own.values["row_pi"] for own in seeds], objective, done)}
+        out["routing"] = {"row mean": _routing([own.values["row_pi"] for own in seeds], objective, done, resamples)}
         if "pooled_pi" in seeds[0].values:
-            out["routing"]["row"] = _routing([own.values["pooled_pi"] for own in seeds], objective, done)
+            out["routing"]["row"] = _routing([own.values["pooled_pi"] for own in seeds], objective, done, resamples)
     return out
 
 
-def _routing(probabilities: Sequence[np.ndarray], labels: np.ndarray, done: Callable[..., Any]) -> dict[str, Any]:
+def _routing(
+    probabilities: Sequence[np.ndarray], labels: np.ndarray, done: Callable[..., Any], resamples: int | None
+) -> dict[str, Any]:
     """Accuracy, ECE and Brier of several seeds' [n,E], each seed's own and then their mean."""
     hits = np.stack([p.argmax(axis=1) == labels for p in probabilities], axis=1).astype(float)  # [n,seeds]
     confidence = np.stack([p.max(axis=1) for p in probabilities], axis=1)
     one_hot = np.eye(probabilities[0].shape[1])[labels]
     squared = np.mean([np.square(p - one_hot).sum(axis=1) for p in probabilities], axis=0)
 
-    def gap(c: np.ndarray, h: np.ndarray) -> np.ndarray:
-        return np.mean([metrics.calibration_gap(c[..., s], h[..., s], 15) for s in range(c.shape[-1])], axis=0)
-
+    gaps = metrics.bin_gaps(confidence, hits, 15)  # [n,seeds,bins]
+    error = metrics.calibration_error(gaps, resamples=resamples or 1)
     return {
         "accuracy": done(_average, hits.mean(axis=1)),
-        "ece15": done(gap, confidence, hits),
+        "ece15": error.value if resamples is None else error.as_dict(),
         "brier": done(_average, squared),
     }
 

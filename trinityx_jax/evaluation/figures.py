@@ -178,21 +178,21 @@ def routing_map(
 
 
 @matplotlib.rc_context(STYLE)
-def reliability(
-    before_bins: Sequence[Mapping[str, Any]],
-    after_bins: Sequence[Mapping[str, Any]],
-    labels: tuple[str, str] = ("before calibration", "after"),
-) -> str:
-    """Reliability diagram: accuracy against confidence in each bin, and below it how many rows a bin holds."""
-    curves = [(label, _filled(bins)) for label, bins in zip(labels, (before_bins, after_bins), strict=True)]
-    if not any(bins for _, bins in curves):
+def reliability(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Reliability diagram: accuracy against confidence in each bin, and below it how many rows a bin holds.
+
+    measured: the bins (``metrics.reliability``) of up to three curves by their labels.
+    """
+    curves = {label: _filled(bins) for label, bins in measured.items()}
+    if not any(curves.values()):
         return ""
+    share = 0.84 / len(curves)  # of a bin's width, each curve's bar
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     top.plot([0, 1], [0, 1], color="#AAAAAA", linewidth=0.9, linestyle=(0, (4, 3)))
     top.annotate("perfectly calibrated", (0.1, 0.01), color="#777777", fontsize=8)
-    for place, (label, bins) in enumerate(curves):
-        colour, marker = ((NEUTRAL[1], "s"), (PALETTE[0], "o"))[place]
+    for place, (label, bins) in enumerate(curves.items()):
+        colour, marker = ((NEUTRAL[1], "s"), (PALETTE[0], "o"), (PALETTE[1], "^"))[place]
         points = [(finite(b.get("confidence")), finite(b.get("accuracy"))) for b in bins]
         if bins:  # a bin of few rows is a small mark: its accuracy says little
             x, y = zip(*points, strict=True)
@@ -202,8 +202,7 @@ def reliability(
             top.plot([], [], color=colour, marker=marker, markersize=5, linewidth=0.9, label=label)
         for b in bins:
             low, width = finite(b.get("low")), finite(b.get("high")) - finite(b.get("low"))
-            left = low + width * (0.08 + 0.42 * place)
-            bottom.bar(left, b["count"], width * 0.42, align="edge", color=colour)
+            bottom.bar(low + width * (0.08 + share * place), b["count"], width * share, align="edge", color=colour)
     top.set(xlim=(0, 1), ylim=(-0.03, 1.03), ylabel="accuracy")
     top.legend(loc="lower right")
     bottom.set(xlabel="confidence (weight of the chosen expert)", ylabel="rows")

@@ -287,15 +287,20 @@ def _one_template(
     A causal model routes a row's beginning as if it stood alone, so a row is cut by averaging over
     its first tokens; rows are run again only where the objectives' templates differ.
     """
-    parts = [data for m in router.names for data in config.parts(m).values()]
-    used = {templates.resolve(data.template, backbone.tokenizer) for data in parts}
-    if len(used) > 1:
-        common = templates.resolve("auto", backbone.tokenizer)
-        examples = [p.chosen for p in held.pairs]
-        rows = templates.encode(common, examples, backbone.tokenizer, config.train.seq_len)
+    rows = one_template(config, backbone, router.names, held)
+    if rows is not held.chosen:
         whole = scorer.score(rows, router=router).token_pi
     length = min(len(pi) for pi in whole)
     return length, np.stack([pi[:length].mean(axis=0) for pi in whole])
+
+
+def one_template(config: RunConfig, backbone: Backbone, names: Sequence[str], held: HeldOut) -> list[Encoded]:
+    """The test rows, all in the tokenizer's own template where the objectives' differ."""
+    parts = [data for name in names for data in config.parts(name).values()]
+    if len({templates.resolve(data.template, backbone.tokenizer) for data in parts}) == 1:
+        return held.chosen
+    common = templates.resolve("auto", backbone.tokenizer)
+    return templates.encode(common, [p.chosen for p in held.pairs], backbone.tokenizer, config.train.seq_len)
 
 
 def _key(

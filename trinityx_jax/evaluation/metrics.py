@@ -121,33 +121,36 @@ def nll(probabilities: np.ndarray, labels: np.ndarray, **options: Any) -> Estima
     return bootstrap(_mean, -np.log(probabilities[np.arange(len(labels)), labels] + 1e-20), **options)
 
 
-def calibration_gap(confidence: np.ndarray, hit: np.ndarray, bins: int) -> np.ndarray:
-    """ECE of each resample [r,n] -> [r]."""
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    gap = np.zeros(len(confidence))
-    for b in range(bins):
-        inside = which == b
-        gap += np.abs(((confidence - hit) * inside).sum(axis=1))
-    return gap / confidence.shape[1]
-
-
 def ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15, **options: Any) -> Estimate:
     """Expected calibration error of the top class over equal-width bins, in 0..1."""
     probabilities, labels = _same_rows(probabilities, labels)
-    confidence = probabilities.max(axis=1)
     hit = probabilities.argmax(axis=1) == labels
-    return bootstrap(lambda c, h: calibration_gap(c, h, bins), confidence, hit, **options)
+    return calibration_error(bin_gaps(probabilities.max(axis=1), hit, bins), **options)
 
 
 def classwise_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15, **options: Any) -> Estimate:
     """The calibration error of every class's probability over equal-width bins, averaged over classes."""
     probabilities, labels = _same_rows(probabilities, labels)
-    own = np.eye(probabilities.shape[1])[labels]
+    return calibration_error(bin_gaps(probabilities, np.eye(probabilities.shape[1])[labels], bins), **options)
 
-    def statistic(p: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.mean([calibration_gap(p[..., k], y[..., k], bins) for k in range(p.shape[-1])], axis=0)
 
-    return bootstrap(statistic, probabilities, own, **options)
+def bin_gaps(confidence: np.ndarray, hit: np.ndarray, bins: int) -> np.ndarray:
+    """Confidence less hit, in the bin of the confidence: [...] -> [...,bins]."""
+    return (confidence - hit)[..., None] * (_bins(confidence, bins)[..., None] == np.arange(bins))
+
+
+def calibration_error(gaps: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+    """ECE from each row's bin gaps: [n,bins], or [n,parts,bins], of which the parts' errors are averaged.
+
+    The interval always holds the estimate: an error of bins cannot be negative, so resampling adds to it, and of few
+    rows every draw can lie above.
+    """
+    n = len(gaps)
+    index = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    shares = np.stack([np.full(n, 1.0), *(np.bincount(draw, minlength=n) for draw in index)]) / n
+    errors = np.abs(np.tensordot(shares, gaps, 1)).sum(axis=-1).reshape(resamples + 1, -1).mean(axis=-1)
+    value, (low, high) = errors[0], np.percentile(errors[1:], [2.5, 97.5])
+    return Estimate(float(value), n, (float(min(low, value)), float(max(high, value))))
 
 
 def token_report(pi: Sequence[np.ndarray], labels: np.ndarray, **options: Any) -> dict[str, Any]:
@@ -158,75 +161,44 @@ def token_report(pi: Sequence[np.ndarray], labels: np.ndarray, **options: Any) -
     if not len(pi):
         raise UserError("a metric of no rows is not defined")
     count = pi[0].shape[-1]
-    gaps: dict[str, list[Any]] = {"ece15": [], "ece10": [], "classwise_ece": []}
-    other = []
+    gaps: dict[str, list[np.ndarray]] = {"ece15": [], "ece10": [], "classwise_ece": []}
+    other, confidence, hits = [], [], []
     for own, label in zip(pi, labels, strict=True):
         flat = own.reshape(-1, count).astype(np.float64)
-        hit = flat.argmax(axis=1) == label
-        for bins in (15, 10):
-            gaps[f"ece{bins}"].append(_bin_gaps(flat.max(axis=1), hit, bins))
-        gaps["classwise_ece"].append([_bin_gaps(flat[:, k], np.full(len(flat), k == label), 15) for k in range(count)])
-        squared = np.square(flat - np.eye(count)[label]).sum(axis=1)
-        other.append([hit.mean(), squared.mean(), -np.log(flat[:, label] + 1e-20).mean()])
+        sure, hit, one_hot = flat.max(axis=1), flat.argmax(axis=1) == label, np.eye(count)[label]
+        gaps["ece15"].append(bin_gaps(sure, hit, 15).mean(axis=0))
+        gaps["ece10"].append(bin_gaps(sure, hit, 10).mean(axis=0))
+        gaps["classwise_ece"].append(bin_gaps(flat, one_hot, 15).mean(axis=0))
+        other.append([hit.mean(), np.square(flat - one_hot).sum(axis=1).mean(), -np.log(flat[:, label] + 1e-20).mean()])
+        confidence.append(sure)
+        hits.append(hit)
     accuracy, brier_scores, losses = (bootstrap(_mean, column, **options) for column in np.asarray(other).T)
     found = {"accuracy": accuracy, "brier": brier_scores, "nll": losses}
-    found |= {name: _resampled_gaps(np.asarray(own), **options) for name, own in gaps.items()}
-    curve = _token_reliability(pi, labels, 15)
-    return {name: estimate.as_dict() for name, estimate in found.items()} | {"reliability": curve}
-
-
-def _token_reliability(pi: Sequence[np.ndarray], labels: np.ndarray, bins: int) -> list[dict[str, float]]:
-    """As ``reliability``; ``count`` is in rows, whose predictions share one."""
-    count = pi[0].shape[-1]
-    confidence = [own.reshape(-1, count).max(axis=1).astype(np.float64) for own in pi]
-    hit = [own.reshape(-1, count).argmax(axis=1) == label for own, label in zip(pi, labels, strict=True)]
+    found |= {name: calibration_error(np.asarray(own), **options) for name, own in gaps.items()}
     weight = np.concatenate([np.full(len(own), 1.0 / len(own)) for own in confidence])
-    which = np.minimum((np.concatenate(confidence) * bins).astype(int), bins - 1)
-    mass, sure, right = (
-        np.bincount(which, weight * x, bins) for x in (1.0, np.concatenate(confidence), np.concatenate(hit))
-    )
-    return [
-        {"low": b / bins, "high": (b + 1) / bins, "confidence": sure[b] / mass[b], "accuracy": right[b] / mass[b]}
-        | {"count": float(mass[b])}
-        for b in np.flatnonzero(mass)
-    ]
-
-
-def _bin_gaps(confidence: np.ndarray, hit: np.ndarray, bins: int) -> np.ndarray:
-    """Sum of confidence less hits in each bin, over the number of predictions [bins]."""
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    return np.bincount(which, confidence - hit, bins) / len(confidence)
-
-
-def _resampled_gaps(gaps: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """ECE from each row's bin gaps [n,bins] or [n,classes,bins] (then the classes' mean), by resampling rows."""
-    n = len(gaps)
-    index = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    shares = np.stack([np.bincount(draw, minlength=n) for draw in index]) / n
-    error = lambda share: np.abs(np.tensordot(share, gaps, 1)).sum(axis=-1)  # noqa: E731
-    mean = (lambda x: x) if gaps.ndim == 2 else (lambda x: x.mean(axis=-1))
-    draws = mean(error(shares))
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(float(mean(error(np.full(n, 1.0 / n)))), n, (float(low), float(high)))
+    curve = _curve(np.concatenate(confidence), np.concatenate(hits), weight, 15)
+    return {name: estimate.as_dict() for name, estimate in found.items()} | {"reliability": curve}
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[dict[str, float]]:
     """The reliability curve: per non-empty bin its edges, mean confidence, accuracy and count."""
     probabilities, labels = _same_rows(probabilities, labels)
-    confidence = probabilities.max(axis=1)
-    hit = probabilities.argmax(axis=1) == labels
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    return _curve(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, np.ones(len(labels)), bins)
+
+
+def _curve(confidence: np.ndarray, hit: np.ndarray, weight: np.ndarray, bins: int) -> list[dict[str, float]]:
+    """``reliability`` of predictions [n] that count as much as their ``weight``."""
+    mass, sure, right = (np.bincount(_bins(confidence, bins), weight * x, bins) for x in (1.0, confidence, hit))
     return [
-        {
-            "low": b / bins,
-            "high": (b + 1) / bins,
-            "confidence": float(confidence[which == b].mean()),
-            "accuracy": float(hit[which == b].mean()),
-            "count": int((which == b).sum()),
-        }
-        for b in range(bins)
-        if (which == b).any()
+        {"low": b / bins, "high": (b + 1) / bins, "confidence": sure[b] / mass[b], "accuracy": right[b] / mass[b]}
+        | {"count": float(mass[b])}
+        for b in np.flatnonzero(mass).tolist()
     ]
+
+
+def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """Which of so many equal-width bins."""
+    return np.minimum((confidence * bins).astype(int), bins - 1)
 
 
 def routing_report(probabilities: np.ndarray, labels: np.ndarray, names: Sequence[str], **options: Any) -> dict:

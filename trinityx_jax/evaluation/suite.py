@@ -12,9 +12,10 @@ from trinityx_jax.evaluation.answers import side_by_side
 from trinityx_jax.evaluation.heldout import evaluate
 from trinityx_jax.files import write_json
 from trinityx_jax.runs import load_uncalibrated, open_run
-from trinityx_jax.sections import UNSEEN
+from trinityx_jax.sections import UNSEEN, EvaluateConfig
 
 TEST_KEYS = ("test", "test_format", "test_fields", "test_split", "test_limit")  # of data.NAME
+CALIBRATION_KEYS = ("batch_size", "bootstrap")  # of evaluate, which a calibration reads
 
 
 def evaluate_run(
@@ -50,10 +51,12 @@ def evaluate_run(
 def check_overrides(overrides: Sequence[str], out: str | Path | None, calibration: bool = False) -> None:
     """Raise UserError where an override is not of an evaluation (or of a calibration, which reads unseen rows too)."""
     known = (*TEST_KEYS, *UNSEEN) if calibration else TEST_KEYS
+    settings = CALIBRATION_KEYS if calibration else tuple(EvaluateConfig.model_fields)
     for flag in overrides[::2]:
         section, *keys = flag.removeprefix("--").split(".")
         if section == "data" and len(keys) >= 2 and keys[1] in known:
             if out is None and not calibration:
                 raise UserError(f"{flag}: results on other test rows need a folder of their own (--out)")
-        elif section != "evaluate":
-            raise UserError(f"{flag}: has no effect here ({', '.join(known)}, evaluate.* have)")
+        elif section != "evaluate" or (keys and keys[0] in EvaluateConfig.model_fields and keys[0] not in settings):
+            have = ", ".join([*(f"data.NAME.{key}" for key in known), *(f"evaluate.{key}" for key in settings)])
+            raise UserError(f"{flag}: has no effect here ({have} have)")
