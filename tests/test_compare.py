@@ -88,8 +88,11 @@ def test_numbers_are_those_of_the_run_s_own_evaluation(
         np.testing.assert_allclose(found["difference"]["recommended"]["base"][name]["value"],
                                    own["difference"]["MoCaE"][name]["value"], atol=1e-5)  # fmt: skip
     routing, theirs = found["systems"]["recommended"]["routing"]["row mean"], own["routing"]["held-out rows"]
+    calibrated = found["systems"]["recommended"]["routing"]["row"]
     for metric in ("accuracy", "ece15", "brier"):
         np.testing.assert_allclose(routing[metric]["value"], theirs[metric]["value"], rtol=1e-4)
+        expected = own["routing"]["held-out rows, calibrated"][metric]["value"]
+        np.testing.assert_allclose(calibrated[metric]["value"], expected, rtol=1e-4)
     uniform = found["systems"]["uniform"]
     np.testing.assert_allclose(uniform["routing"]["row mean"]["brier"]["value"], 2 / 3, rtol=1e-6)
     assert uniform["cost"]["forward"] > 0

@@ -25,7 +25,7 @@ from trinityx_jax.evaluation.suite import check_overrides
 from trinityx_jax.experts import stack
 from trinityx_jax.files import write_json, write_text
 from trinityx_jax.mocae import Router
-from trinityx_jax.mocae.calibration import pooled, probabilities, row_means
+from trinityx_jax.mocae.calibration import pooled_rows, probabilities, row_means
 from trinityx_jax.run_folder import UNCALIBRATED
 from trinityx_jax.runs import OpenRun, load_uncalibrated, need_router, open_run, save_router
 from trinityx_jax.training.calibration import RoutingReader, Target, calibrate, objective_targets
@@ -194,8 +194,7 @@ def _readings(
     pi = [probabilities(x, np.asarray(router.temperature), router.config.top_k) for x in z]
     rows = {MEAN: row_means(pi)}
     if router.pool:
-        bias = np.asarray(router.pool[f"{pool}_bias"], np.float64)
-        rows[POOLED] = pooled(rows[MEAN], float(router.pool[f"{pool}_sharpness"]), bias)
+        rows[POOLED] = pooled_rows(router, rows[MEAN], pool)
     out = {TOKENS: metrics.token_report(pi, labels, resamples=resamples)}
     return out | {r: metrics.routing_report(p, labels, router.names, resamples=resamples) for r, p in rows.items()}
 

@@ -28,7 +28,7 @@ from trinityx_jax.evaluation.systems import System, build, cost
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import read_json, write_json, write_text
 from trinityx_jax.mocae import Router
-from trinityx_jax.mocae.calibration import pooled
+from trinityx_jax.mocae.calibration import pooled_rows
 from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import expert_folders, load_experts, load_router, with_paths
@@ -246,9 +246,8 @@ class Comparison:
             if system.router is not None:
                 means = np.stack([pi.mean(axis=0) for pi in scores.token_pi[: len(held.chosen)]])
                 found["row_pi"] = means
-                if pool := system.router.pool:
-                    bias = np.asarray(pool["row_bias"], np.float64)
-                    found["pooled_pi"] = pooled(means, float(pool["row_sharpness"]), bias)
+                if system.router.pool:
+                    found["pooled_pi"] = pooled_rows(system.router, means, "row")
             if questions:
                 nll = system.score_choices(answers, index or 0, on_batch=lambda: bar.advance("answers"))
                 found["mc1"], found["mc2"] = measures(questions, nll)

@@ -183,9 +183,7 @@ def test_every_token_s_metrics_weigh_rows_alike_and_resample_them_whole() -> Non
     for name, value in whole.items():
         np.testing.assert_allclose(found[name]["value"], value, rtol=1e-9)
         low, high = np.percentile([own[name] for own in draws], [2.5, 97.5])
-        if name.endswith(
-            ("15", "10", "ece")
-        ):  # the interval holds the estimate
+        if name.endswith(("15", "10", "ece")):  # the interval holds the estimate
             low, high = min(low, value), max(high, value)
         np.testing.assert_allclose(found[name]["interval"], [low, high], rtol=1e-9)
         assert low <= value <= high

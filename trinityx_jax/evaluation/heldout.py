@@ -25,10 +25,12 @@ from trinityx_jax.evaluation.scoring import Scorer, Scores
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import write_json
 from trinityx_jax.mocae import Router
+from trinityx_jax.mocae.calibration import pooled_rows
 from trinityx_jax.progress import progress
 from trinityx_jax.sections import DataConfig
 
 MOCAE, MERGE, BASE = "MoCaE", "naive merge", "base"
+CALIBRATED = ", calibrated"  # a mean of rows' routing made probabilities by the router's pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,13 +262,19 @@ def _routing(
     options = {"resamples": config.evaluate.bootstrap}
     whole = found.token_pi[:n]
     length, equal = _one_template(config, backbone, scorer, router, held, whole)
+    starts = [pi[: row.prompt_length] for pi, row in zip(whole, held.chosen, strict=True)]
     variants = {
         "held-out rows": np.stack([pi.mean(axis=0) for pi in whole]),
-        "prompts only": np.stack(
-            [pi[: row.prompt_length].mean(axis=0) for pi, row in zip(whole, held.chosen, strict=True)]
-        ),
+        "prompts only": np.stack([pi.mean(axis=0) for pi in starts]),
         "one template, matched lengths": equal,
     }
+    if router.pool:  # the same as probabilities (METHOD 4): of rows, and of prompts
+        pools = {"held-out rows": "row", "prompts only": "prompt", "one template, matched lengths": "prompt"}
+        variants = {
+            reading: p
+            for name, means in variants.items()
+            for reading, p in ((name, means), (f"{name}{CALIBRATED}", pooled_rows(router, means, pools[name])))
+        }
     if before is not None:
         uncalibrated = np.stack([pi.mean(axis=0) for pi in before.token_pi])
         variants = {"before calibration": uncalibrated, **variants}

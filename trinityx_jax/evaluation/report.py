@@ -23,7 +23,7 @@ from trinityx_jax.files import write_text
 
 Json = Mapping[str, Any]
 ROUTED = "MoCaE"  # the system whose answers carry routing
-BEFORE, AFTER = "before calibration", "held-out rows"
+CURVES = ("before calibration", "held-out rows", "held-out rows, calibrated")  # of the reliability diagram
 NOT_METRICS = {"confusion", "mean_pi", "reliability"}  # shown in their own tables and figures
 SHARES = {"accuracy"}  # routing metrics shown as percentages
 MEASURES = (
@@ -248,13 +248,13 @@ def _vectors(results: Json) -> list[dict[str, Any]]:
 
 def _figures(results: Json, metrics: Sequence[Json]) -> dict[str, Markup]:
     experts, routing = results.get("experts") or [], results.get("routing") or {}
-    before, after = ((routing.get(name) or {}).get("reliability") or [] for name in (BEFORE, AFTER))
+    curves = {name: own.get("reliability") or [] for name in CURVES if (own := routing.get(name))}
     layers = results.get("layer_routing") or {}
     drawn = {
         "perplexity": figures.perplexity_bars(results),
         "losses": figures.loss_curves(metrics, experts),
         "map": figures.routing_map(layers, experts, _union([o for o in _objectives(results) if o in layers], layers)),
-        "reliability": figures.reliability({BEFORE: before, AFTER: after}),
+        "reliability": figures.reliability(curves),
     }
     return {name: Markup(svg) for name, svg in drawn.items()}
 
@@ -273,7 +273,7 @@ def write_report(results: dict[str, Any], metrics: list[dict[str, Any]], out: Pa
     colours = figures.expert_colours(results.get("experts") or [])
     known = ("title", "model", "experts", "rank", "temperature", "rows", "preference_kind", "claims", "timings")
     page = environment.from_string(source).render(
-        {key: results.get(key) for key in (*known, "settings", "commands")},
+        {key: results.get(key) for key in (*known, "settings", "commands", "matched_length")},
         colours=colours,
         measures=_measures(results),
         routing=_routing(results),

@@ -47,6 +47,12 @@ def pooled(means: np.ndarray, sharpness: float, bias: np.ndarray) -> np.ndarray:
     return softmax(sharpness * np.log(np.maximum(means, SMALLEST)) + bias)
 
 
+def pooled_rows(router: Router, means: np.ndarray, kind: str) -> np.ndarray:
+    """``pooled`` by a router's pool for whole rows or for prompts (``kind``: row, prompt)."""
+    bias = np.asarray(router.pool[f"{kind}_bias"], np.float64)
+    return pooled(means, float(router.pool[f"{kind}_sharpness"]), bias)
+
+
 def calibrated(router: Router, temperature: np.ndarray, bias: np.ndarray, kind: str) -> Router:
     """The router at another temperature ([], [E] or [L,E]) and with ``bias`` ([L|1,E]) added to its own."""
     return dataclasses.replace(
