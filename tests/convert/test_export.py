@@ -20,6 +20,8 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, merge, stack
 from trinityx_jax.experts.lora import site_shape
 from trinityx_jax.mocae import MoCaEConfig, hidden_states, init_router, preset, token_routing
+from trinityx_jax.mocae.calibration import pooled_rows, row_means
+from trinityx_jax.mocae.config import PRESETS
 
 NAMES = ("helpful", "harmless", "honest")
 RANKS = ({"gate": 4, "up": 4, "down": 4}, {"gate": 3, "down": 5}, {"gate": 2, "up": 2, "down": 2})
@@ -31,7 +33,7 @@ READINGS = {
     "gated": MoCaEConfig(output="gated", train_norm=True),
     "top_k": MoCaEConfig(top_k=2),
     "shared": MoCaEConfig(router_scope="shared"),
-}
+} | {name: preset(name) for name in PRESETS if name not in ("recommended", "literal")}
 
 
 @functools.cache
@@ -91,9 +93,10 @@ def make_router(config: BackboneConfig, mocae: MoCaEConfig, names=NAMES):
     def draw(x):
         return jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
+    learned = mocae.routing != "uniform"
     return router.replace(
-        kernel=0.2 * draw(router.kernel),
-        bias=draw(router.bias),
+        kernel=0.2 * draw(router.kernel) if learned else router.kernel,
+        bias=draw(router.bias) if learned and mocae.router_bias else router.bias,
         temperature=jnp.asarray([0.5, 0.9, 1.4]),
         norm={key: value + 0.3 * draw(value) for key, value in router.norm.items()},
     )
@@ -260,7 +263,35 @@ def test_mixture_gives_our_logits_and_routing(tmp_path, modules_cache, reading, 
     assert np.abs(theirs.logits.numpy() - logits)[mask].max() <= 2e-4
     assert theirs.routing.shape == pi.shape
     assert np.abs(theirs.routing.numpy() - pi)[mask].max() <= 1e-4
-    assert 0.1 < np.median(pi[mask].max(axis=-1)) < 0.95  # neither uniform nor one expert alone
+    if READINGS[reading].routing == "uniform":
+        np.testing.assert_allclose(pi, 1 / 3, rtol=1e-6)
+    else:
+        assert 0.1 < np.median(pi[mask].max(axis=-1)) < 0.95  # neither uniform nor one expert alone
+
+
+@pytest.mark.torch
+def test_a_row_s_calibrated_probabilities(tmp_path, modules_cache):
+    """Of whole rows and of prompts, from the routing of real tokens alone; a router without a pool has none."""
+    import torch
+
+    backbone = make_backbone()
+    router = make_router(backbone.config, MoCaEConfig())
+    with_pool = router.replace(
+        pool={
+            "row_sharpness": jnp.float32(3.0), "row_bias": jnp.asarray([0.1, -0.2, 0.1]),
+            "prompt_sharpness": jnp.float32(5.0), "prompt_bias": jnp.asarray([-0.3, 0.3, 0.0]),
+        }
+    )  # fmt: skip
+    model = load(export.export_mocae(backbone, make_vectors(backbone.config), with_pool, tmp_path / "out"))
+    tokens, mask = batch()
+    routing = run_torch(model, tokens, mask, output_routing=True).routing
+    means = row_means([own[real] for own, real in zip(routing.numpy(), mask, strict=True)])
+    for kind in ("row", "prompt"):
+        found = model.row_probabilities(routing, torch.tensor(mask).long(), kind).numpy()
+        np.testing.assert_allclose(found, pooled_rows(with_pool, means, kind), atol=1e-6)
+    plain = load(export.export_mocae(backbone, make_vectors(backbone.config), router, tmp_path / "plain"))
+    with pytest.raises(ValueError, match="was not calibrated"):
+        plain.row_probabilities(routing, torch.tensor(mask))
 
 
 @pytest.mark.torch

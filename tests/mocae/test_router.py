@@ -160,6 +160,9 @@ def test_a_wrong_value_is_refused_by_name(changes: dict[str, Any], key: str) -> 
 def test_other_refusals() -> None:
     with pytest.raises(UserError, match=r"mocae\.preset"):
         preset("best")
+    for key, value in {"temperature": 0.7, "router_scope": "layer", "router_bias": True, "kl": "ema"}.items():
+        with pytest.raises(UserError, match=rf"mocae\.{key}: has no effect where routing is uniform"):
+            preset("uniform", **{key: value})
     with pytest.raises(UserError, match=r"mocae\.top_k: 4 of 3"):
         init_router(CONFIG, NAMES, f32([1 / 3] * 3), preset("recommended", top_k=4))
 

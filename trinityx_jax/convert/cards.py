@@ -119,6 +119,9 @@ def mocae_card(name: str, vectors: Mapping[str, TaskVector], router: Router, fac
         for (expert, vector), weight in zip(vectors.items(), np.asarray(router.gamma, np.float32), strict=True)
     )
     front = {"base_model": facts.base, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    reading = "print(routing.mean(dim=(1, 2)))\n"
+    if router.pool:
+        reading = 'print(model.row_probabilities(routing, inputs["attention_mask"], "prompt"))  # calibrated\n'
     return f"""{_front_matter(facts, **front, tags=["trinityx"])}
 # {name.rpartition("/")[2]}
 
@@ -140,8 +143,8 @@ model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, trust_remote_co
 tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
 inputs = tokenizer("How do I stay safe online?", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
-print(model(**inputs, output_routing=True).routing.shape)  # [batch, sequence, layers, experts]
-```
+routing = model(**inputs, output_routing=True).routing  # [batch, sequence, layers, experts]
+{reading}```
 
 `trust_remote_code` runs `modeling_trinityx.py` of this folder: read it first. It needs transformers 5 or later.
 

@@ -298,6 +298,17 @@ def _mocae_config(
         "mixture_mixing": "outputs" if switches.mixing == "full" else switches.mixing,  # one function
         "mixture_output": switches.output,
         "mixture_dropout": switches.dropout,
+        "router_pool": _pool(router),
+    }
+
+
+def _pool(router: Router) -> dict[str, Any] | None:
+    """What makes a row's mean routing its probabilities, by kind of row; None of a router without."""
+    if not router.pool:
+        return None
+    return {
+        kind: {key: np.asarray(router.pool[f"{kind}_{key}"]).tolist() for key in ("sharpness", "bias")}
+        for kind in ("row", "prompt")
     }
 
 

@@ -149,7 +149,7 @@ def preset(name: str, **changes: Any) -> MoCaEConfig:
     """A named preset with some fields changed.
 
     Raises:
-        UserError: there is no such preset, or a field is unknown.
+        UserError: there is no such preset, a field is unknown, or has no effect beside another.
     """
     if name not in PRESETS:
         raise UserError(f"mocae.preset: {name!r} is not one of {', '.join(PRESETS)}")
@@ -158,4 +158,8 @@ def preset(name: str, **changes: Any) -> MoCaEConfig:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise UserError(f"mocae.{key}: unknown key (nearest: {nearest})")
-    return dataclasses.replace(PRESETS[name], **changes)
+    found = dataclasses.replace(PRESETS[name], **changes)
+    for key in ("temperature", "router_scope", "router_bias", "entropy", "kl"):
+        if found.routing == "uniform" and key in changes:
+            raise UserError(f"mocae.{key}: has no effect where routing is uniform; remove it")
+    return found

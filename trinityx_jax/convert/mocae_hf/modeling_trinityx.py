@@ -14,7 +14,8 @@ base matmuls serve any number of experts. Routing, alpha and the sum over expert
 the model's dtype. Shapes: B batch, S sequence, L layers, E experts, R rank, D hidden, F feed-forward.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    model(**inputs, output_routing=True).routing            # pi, [B,S,L,E]
+    pi = model(**inputs, output_routing=True).routing       # [B,S,L,E]
+    model.row_probabilities(pi, inputs["attention_mask"], "prompt")  # [B,E]: which expert each row asks for
 """
 
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class TrinityXReadings:
     mixture_mixing: "outputs" of the experts, or "weights": their deltas inside each projection.
     mixture_output: "prenorm" h + y; "layernorm" LN(h + y); "gated" h + y + g (LN(h + y) - (h + y)).
     mixture_dropout: on the mixture's output, in training only.
+    router_pool: {"row": {"sharpness": w, "bias": [E]}, "prompt": ...}, which make a row's mean pi its probabilities.
 
     Raises:
         ValueError: a reading is not one of its choices, or the experts are not described.
@@ -77,6 +79,7 @@ class TrinityXReadings:
     mixture_mixing: str = "outputs"
     mixture_output: str = "prenorm"
     mixture_dropout: float = 0.0
+    router_pool: dict | None = None
 
     def __post_init__(self, **kwargs):
         self.expert_names = list(self.expert_names or [])
@@ -289,6 +292,23 @@ class TrinityXHead:
         first = routing[0].device if routing else None
         stacked = torch.stack([pi.to(first) for pi in routing], dim=2) if routing else None
         return TrinityXOutput(**output, routing=stacked)
+
+    def row_probabilities(self, routing: torch.Tensor, mask: torch.Tensor, kind: str = "row") -> torch.Tensor:
+        """Calibrated probabilities [B,E] that a row is of each expert's objective, as fitted on held-out rows.
+
+        routing: pi [B,S,L,E]; mask: 1 at real tokens [B,S]; kind: "row" of prompts with answers, "prompt" of prompts.
+
+        Raises:
+            ValueError: the router was not calibrated, or there is no such kind.
+        """
+        if not self.config.router_pool:
+            raise ValueError("the router was not calibrated: config.json has no router_pool")
+        if kind not in self.config.router_pool:
+            raise ValueError(f"kind {kind!r} is not one of {', '.join(self.config.router_pool)}")
+        pool, real = self.config.router_pool[kind], mask.to(routing)
+        mean = torch.einsum("bse,bs->be", routing.mean(dim=2), real) / real.sum(dim=1, keepdim=True)
+        bias = torch.tensor(pool["bias"]).to(mean)
+        return (pool["sharpness"] * mean.clamp_min(1e-4).log() + bias).softmax(dim=-1)
 
 
 class TrinityXLlamaConfig(TrinityXReadings, LlamaConfig):
