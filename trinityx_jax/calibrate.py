@@ -155,8 +155,8 @@ def _unseen(config: RunConfig, plain: RunConfig, run: OpenRun, names: Sequence[s
     parts = load_parts(plain).values() if entries else ()
     used = {e.question for part in parts for use in USES for e in getattr(part, use)}
     for index, data in entries:
-        kind, split = data.unseen_kind, data.unseen_split
-        found = load_prompts(data.unseen or "", kind, split, data.unseen_limit, data.skip_bad, data.unseen_map)
+        kind, fields = data.schema("unseen")
+        found = load_prompts(data.unseen or "", kind, data.unseen_split, data.unseen_limit, data.skip_bad, fields)
         kept = [example for example in found if example.question not in used]
         if len(kept) < len(found):
             log.warning(

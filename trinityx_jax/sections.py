@@ -91,25 +91,10 @@ class DataConfig(Section):
     def skip_bad(self) -> bool:
         return self.on_bad_row == "skip"
 
-    @property
-    def test_kind(self) -> str:
-        """The schema of the test rows."""
-        return self.test_format or self.format or ""
-
-    @property
-    def test_map(self) -> FieldMap | None:
-        """The field map of the test rows."""
-        return self.test_fields or (self.fields if self.test_kind == self.format else None)
-
-    @property
-    def unseen_kind(self) -> str:
-        """The schema of the unseen rows."""
-        return self.unseen_format or self.format or ""
-
-    @property
-    def unseen_map(self) -> FieldMap | None:
-        """The field map of the unseen rows."""
-        return self.unseen_fields or (self.fields if self.unseen_kind == self.format else None)
+    def schema(self, use: Literal["test", "unseen"]) -> tuple[str, FieldMap | None]:
+        """The format and the field map of these rows."""
+        kind = getattr(self, f"{use}_format") or self.format or ""
+        return kind, getattr(self, f"{use}_fields") or (self.fields if kind == self.format else None)
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -122,11 +107,11 @@ class DataConfig(Section):
             get_format(self.format or "", self.fields)
             paper_split(self.format or "", self.split)
             if self.test is not None:
-                get_format(self.test_kind, self.test_map)
-                paper_split(self.test_kind, self.test_split)
+                get_format(*self.schema("test"))
+                paper_split(self.schema("test")[0], self.test_split)
             if self.unseen is not None:
-                get_format(self.unseen_kind, self.unseen_map)
-                paper_split(self.unseen_kind, self.unseen_split)
+                get_format(*self.schema("unseen"))
+                paper_split(self.schema("unseen")[0], self.unseen_split)
         except UserError as error:
             raise ValueError(str(error)) from error
         if self.test is None:
