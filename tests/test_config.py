@@ -84,7 +84,7 @@ def test_a_mix_names_other_entries_which_need_no_expert(tmp_path: Path) -> None:
     path = write(tmp_path, minimal() | {"data": data, "experts": {"names": ["joint"]}})
     config = load_config(path)
     assert list(config.parts("joint")) == ["helpful", "kind"]
-    assert config.data["kind"].schema("test")[1] == config.data["kind"].fields
+    assert config.data["kind"].schema_of("test")[1] == config.data["kind"].fields
     save_config(config, tmp_path / "saved.yaml", "experts")
     assert load_config(tmp_path / "saved.yaml", stage="experts") == config
 

@@ -155,7 +155,7 @@ def _unseen(config: RunConfig, plain: RunConfig, run: OpenRun, names: Sequence[s
     parts = load_parts(plain).values() if entries else ()
     used = {e.question for part in parts for use in USES for e in getattr(part, use)}
     for index, data in entries:
-        kind, fields = data.schema("unseen")
+        kind, fields = data.schema_of("unseen")
         found = load_prompts(data.unseen or "", kind, data.unseen_split, data.unseen_limit, data.skip_bad, fields)
         kept = [example for example in found if example.question not in used]
         if len(kept) < len(found):

@@ -91,7 +91,7 @@ class DataConfig(Section):
     def skip_bad(self) -> bool:
         return self.on_bad_row == "skip"
 
-    def schema(self, use: Literal["test", "unseen"]) -> tuple[str, FieldMap | None]:
+    def schema_of(self, use: Literal["test", "unseen"]) -> tuple[str, FieldMap | None]:
         """The format and the field map of these rows."""
         kind = getattr(self, f"{use}_format") or self.format or ""
         return kind, getattr(self, f"{use}_fields") or (self.fields if kind == self.format else None)
@@ -107,11 +107,11 @@ class DataConfig(Section):
             get_format(self.format or "", self.fields)
             paper_split(self.format or "", self.split)
             if self.test is not None:
-                get_format(*self.schema("test"))
-                paper_split(self.schema("test")[0], self.test_split)
+                get_format(*self.schema_of("test"))
+                paper_split(self.schema_of("test")[0], self.test_split)
             if self.unseen is not None:
-                get_format(*self.schema("unseen"))
-                paper_split(self.schema("unseen")[0], self.unseen_split)
+                get_format(*self.schema_of("unseen"))
+                paper_split(self.schema_of("unseen")[0], self.unseen_split)
         except UserError as error:
             raise ValueError(str(error)) from error
         if self.test is None:

@@ -90,7 +90,7 @@ def held_out_pairs(config: RunConfig, name: str, limit: int | None = None) -> li
         if data.test is None:
             raise UserError(f"data.{part}.test: no test rows are named, evaluation needs them")
         size = limit or data.test_limit
-        kind, fields = data.schema("test")
+        kind, fields = data.schema_of("test")
         out.append((data, load_pairs(data.test, kind, data.test_split, size, data.skip_bad, fields)))
     return out
 
@@ -228,7 +228,7 @@ def choices(config: RunConfig, tokenizer: Any) -> tuple[list[Question], list[Enc
 def truthful(config: RunConfig, names: Sequence[str]) -> int | None:
     """The objective whose test rows are TruthfulQA's."""
     found = (
-        i for i, n in enumerate(names) if any(d.schema("test")[0] == "truthfulqa" for d in config.parts(n).values())
+        i for i, n in enumerate(names) if any(d.schema_of("test")[0] == "truthfulqa" for d in config.parts(n).values())
     )
     return next(found, None)
 
@@ -247,7 +247,7 @@ def _own_rows(
 
 
 def _pair_kind(config: RunConfig, name: str) -> str:
-    kinds = (get_format(*data.schema("test")).pair_kind for data in config.parts(name).values())
+    kinds = (get_format(*data.schema_of("test")).pair_kind for data in config.parts(name).values())
     return "; ".join(dict.fromkeys(kinds))
 
 

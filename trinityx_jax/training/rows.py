@@ -136,7 +136,7 @@ def _load_part(name: str, data: DataConfig, seed: int) -> Part:
     loaded = read_examples(data.source, data.format, data.split, data.limit, data.skip_bad, data.fields)
     tests: list[Example] = []
     if data.test is not None:
-        kind, fields = data.schema("test")
+        kind, fields = data.schema_of("test")
         tests = load_prompts(data.test, kind, data.test_split, None, data.skip_bad, fields)
     kept = _apart(name, data, loaded.items, tests)
     train, calibration, validation = split_by_question(kept, [data.calibration, data.validation], seed)
