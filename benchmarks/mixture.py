@@ -4,11 +4,16 @@
     python benchmarks/mixture.py --experts 1 3 6 12 --ways shared --parts feed-forward
     python benchmarks/mixture.py --model configs/geometry/llama2-7b --ranks 64 --dtype bfloat16
     python benchmarks/mixture.py --xlora                           # peft's X-LoRA beside its own base (torch)
+    python benchmarks/mixture.py --topology v5e:1x1 --model configs/geometry/llama2-7b --ranks 64 --dtype bfloat16
 
 Parts: one layer's feed-forward; the forward pass (to the final hidden states); a training step of the router alone
 (of the base: forward and the gradient of its input); a decode step of one sequence. Each way is timed in turns with
 the base; a ratio is the median over rounds, in brackets its range. The FLOP bound counts matrix products alone.
 Temporary memory is what XLA's compiled program says. Weights are random. Ways are explained in ``mixtures.py``.
+
+With ``--topology`` nothing runs: programs are compiled for that TPU (package libtpu, none needed in the machine), and
+what stands beside the base is XLA's count of FLOPs and the memory in all: arguments, results and temporaries. A decode
+step is bound by reading its arguments once. (XLA's count of bytes is left out: it has on-chip copies in it.)
 """
 
 from __future__ import annotations
@@ -25,14 +30,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from mixtures import WAYS, Way
 from turns import Child, ratio, serve, take_turns
 
 from trinityx_jax.backbone import BackboneConfig, Decoder, init_params
 from trinityx_jax.backbone.cache import empty_cache
-from trinityx_jax.backbone.products import activations
+from trinityx_jax.backbone.products import activations, compiled_for
 from trinityx_jax.experts import init_expert, stack
 from trinityx_jax.mocae import init_router, preset
+from trinityx_jax.mocae.mixture import ready
 from trinityx_jax.mocae.router import per_layer
 
 PARTS = ("feed-forward", "forward", "train", "decode")
@@ -67,6 +74,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--topology", help="compile for this TPU instead of running, such as v5e:1x1")
     parser.add_argument("--xlora", action="store_true", help="peft's X-LoRA too, beside its own base")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -81,6 +89,7 @@ def _geometry(folder: str, layers: int | None) -> BackboneConfig:
     return config if layers is None else dataclasses.replace(config, num_layers=layers)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "experts", "router"), meta_fields=("config",))
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """Random ones: the base's, the stacked experts', the router's by layer."""
@@ -106,14 +115,15 @@ def _draw(config: BackboneConfig, count: int, rank: int, dtype: str) -> Weights:
 Unit = Callable[[], Any]
 
 
-def _unit(part: str, way: Way, weights: Weights, tokens: int, dtype: Any) -> tuple[Unit, int]:
-    """One unit of a part's work, and the temporary bytes of its compiled program."""
-    config, base = weights.config, weights.base
-    mlp = {site: base["blocks"][site] for site in ("gate", "up", "down")}
-    inputs = way.inputs(mlp, weights.experts, weights.router)
+def _work(part: str, way: Way, config: BackboneConfig, tokens: int, dtype: Any) -> tuple[Any, Any]:
+    """A part's work, and what makes its arguments of weights."""
     function = way.function(config)
-    ids = jax.random.randint(jax.random.key(1), (1, tokens), 0, config.vocab_size)
-    mask = jnp.ones(ids.shape, bool)
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (1, tokens), np.int32)
+    mask = np.ones(ids.shape, bool)
+
+    def inputs_of(weights: Weights) -> tuple[Any, Any]:
+        mlp = {site: weights.base["blocks"][site] for site in ("gate", "up", "down")}
+        return mlp, way.inputs(mlp, weights.experts, weights.router)
 
     def decode(base: Any, inputs: Any, ids: Any, cache: Any) -> Any:
         return Decoder(config, function, dtype).apply({"params": base}, ids, jnp.ones_like(ids, bool), inputs, cache)
@@ -136,27 +146,88 @@ def _unit(part: str, way: Way, weights: Weights, tokens: int, dtype: Any) -> tup
     def layer(mlp: Any, inputs: Any, u: jax.Array) -> Any:
         return function(mlp, u, u, inputs)[0]
 
-    args: tuple[Any, ...] = (base, inputs)
-    if part == "feed-forward":
+    def of_layer(weights: Weights) -> tuple[Any, ...]:
         u = jax.random.normal(jax.random.key(2), (1, tokens, config.hidden_size), dtype)
-        work, args = layer, (*jax.tree.map(lambda x: x[0], (mlp, inputs)), u)
-    elif part == "decode":
+        return (*jax.tree.map(lambda x: x[0], inputs_of(weights)), u)
+
+    def of_decode(weights: Weights) -> tuple[Any, ...]:
         cache = empty_cache(config, 1, tokens, dtype)
-        cache = dataclasses.replace(cache, filled=mask.at[:, -1].set(False), length=jnp.asarray(tokens - 1))
-        work, args = decode, (*args, ids[:, :1], cache)
-    else:
-        work = {"forward": forward, "train": train}[part]
+        filled = jnp.asarray(mask).at[:, -1].set(False)
+        cache = dataclasses.replace(cache, filled=filled, length=jnp.asarray(tokens - 1))
+        inputs = inputs_of(weights)[1]
+        if way.mixing is not None:  # as generation has them
+            kernel = weights.base["blocks"]["gate"]["kernel"].dtype
+            inputs = {**inputs, "experts": ready(inputs["experts"], kernel, way.mixing)}
+        return weights.base, inputs, jnp.asarray(ids[:, :1]), cache
+
+    def of_model(weights: Weights) -> tuple[Any, ...]:
+        return weights.base, inputs_of(weights)[1]
+
+    return {
+        "feed-forward": (layer, of_layer),
+        "decode": (decode, of_decode),
+        "forward": (forward, of_model),
+        "train": (train, of_model),
+    }[part]
+
+
+def _unit(part: str, way: Way, weights: Weights, tokens: int, dtype: Any) -> tuple[Unit, int]:
+    """One unit of a part's work, and the temporary bytes of its compiled program."""
+    work, arguments = _work(part, way, weights.config, tokens, dtype)
+    args = arguments(weights)
     compiled = jax.jit(work).lower(*args).compile()
     return functools.partial(compiled, *args), compiled.memory_analysis().temp_size_in_bytes
 
 
+def _ahead(options: argparse.Namespace, config: BackboneConfig, count: int, rank: int) -> None:
+    """What programs for a TPU compute, read and hold, beside the base's: nothing is run."""
+    from jax.experimental import topologies
+
+    name, _, shape = options.topology.partition(":")
+    sizes = {"chips_per_host_bounds": (1, 1, 1)} if shape in ("1", "1x1", "1x1x1") else {}
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **sizes)
+    sharding = jax.sharding.SingleDeviceSharding(chips.devices[0])
+    with compiled_for("tpu"):
+        weights = jax.eval_shape(lambda: _draw(config, count, rank, options.dtype))
+        for part in options.parts:
+            base: list[float] = []
+            for way in dict.fromkeys(("base", *options.ways)):
+                work, arguments = _work(part, WAYS[way], config, options.tokens, activations(options.dtype))
+                shapes = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                    jax.eval_shape(arguments, weights),
+                )
+                compiled = jax.jit(work).lower(*shapes).compile()
+                counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
+                held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+                own = [counted["flops"], held]
+                base = base or own
+                bound = _bound(config, part, options.tokens, WAYS[way].flops(*_sizes(config), count, rank))
+                ratios = "  ".join(
+                    f"{what} {x / y:.3f}x" for what, x, y in zip(("FLOPs", "memory"), own, base, strict=True)
+                )
+                weighed = memory.argument_size_in_bytes / 2**20
+                print(
+                    f"  {part:12} {way:16} {ratios}   FLOP bound {bound:.3f}x   arguments {weighed:9.1f} MiB   "
+                    f"temporary {memory.temp_size_in_bytes / 2**20:8.1f} MiB",
+                    flush=True,
+                )
+
+
+def _sizes(config: BackboneConfig) -> tuple[int, int]:
+    return config.hidden_size, config.intermediate_size
+
+
 def _table(options: argparse.Namespace, config: BackboneConfig, count: int, rank: int) -> None:
-    weights = _draw(config, count, rank, options.dtype)
-    d, f = config.hidden_size, config.intermediate_size
+    d, f = _sizes(config)
     print(
         f"\nE {count}, rank {rank}, D {d}, F {f}, {config.num_layers} layers, {options.tokens} tokens, "
-        f"{options.dtype}, {jax.devices()[0].device_kind}"
+        f"{options.dtype}, {options.topology or jax.devices()[0].device_kind}"
     )
+    if options.topology:
+        _ahead(options, config, count, rank)
+        return
+    weights = _draw(config, count, rank, options.dtype)
     for part in options.parts:
         names = dict.fromkeys(("base", *options.ways))
         units = {n: _unit(part, WAYS[n], weights, options.tokens, activations(options.dtype)) for n in names}

@@ -31,6 +31,7 @@ class Way:
     function: Callable[[BackboneConfig], FeedForward]
     inputs: Callable[[Tree, Tree, Tree], Any]
     flops: Callable[[int, int, int, int], float]  # (D, F, E, R) over the base's
+    mixing: str | None = None  # of experts that ``mocae.mixture.ready`` can lay out for many steps
 
 
 def _low_rank(d: int, f: int, e: int, r: int) -> float:
@@ -122,9 +123,9 @@ def _full_top_2(config: BackboneConfig) -> FeedForward:
 
 WAYS: dict[str, Way] = {
     "base": Way(base_feed_forward, lambda *_: None, lambda d, f, e, r: 1.0),
-    "shared": Way(lambda c: routed_feed_forward(c, preset("recommended")), _factors, _low_rank),
+    "shared": Way(lambda c: routed_feed_forward(c, preset("recommended")), _factors, _low_rank, "outputs"),
     "mixing: weights": Way(
-        lambda c: routed_feed_forward(c, preset("recommended", mixing="weights")), _factors, _low_rank
+        lambda c: routed_feed_forward(c, preset("recommended", mixing="weights")), _factors, _low_rank, "weights"
     ),
     "MixLoRA-style": Way(_mixlora, _factors, lambda d, f, e, r: (2 + e) / 3 + _low_rank(d, f, e, r) - 1),
     "naive": Way(_naive, _apart, lambda d, f, e, r: float(e)),

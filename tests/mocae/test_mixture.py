@@ -535,12 +535,23 @@ def test_the_model_of_whole_experts_is_the_shared_one(backbone: Backbone, quick_
     expected = run(backbone.params, own, shared)
     for experts in (own, make(backbone.params, own, full)):
         jax.tree.map(lambda x, y: near(x, y, 1e-5), run(backbone.params, experts, full), expected)
-    assert prepared(backbone.params, own, shared) is own
-    assert prepared(backbone.params, own, None) is own
+    for routed in (shared, dataclasses.replace(shared, config=dataclasses.replace(shared.config, mixing="weights"))):
+        jax.tree.map(
+            lambda x, y: near(x, y, 1e-6),
+            run(backbone.params, make(backbone.params, own, routed), routed),
+            run(backbone.params, own, routed),
+        )
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), backbone.params)
     as_bits = packed(narrow)
     found, _ = run(as_bits, make(as_bits, own, full), full)
     near(found, run(narrow, own, full)[0], 1e-6)
+    near(run(as_bits, make(as_bits, own, shared), shared)[0], run(as_bits, own, shared)[0], 1e-6)
+    alone = jnp.asarray([0.2, 0.5, 0.3])  # static weights mix deltas
+    static = [
+        hidden_states(backbone.params, CONFIG, jnp.asarray(TOKENS), mask, experts=experts, weights=alone)[0]
+        for experts in (own, make(backbone.params, own, None))
+    ]
+    near(static[1], static[0], 1e-6)
     answers = [
         generate_ids(backbone, [[3, 5, 7, 11], [2, 9]], experts=vectors, router=router, max_new_tokens=6)
         for router in (shared, full)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -82,7 +84,7 @@ def _product(spec: str, x: jax.Array, y: jax.Array, operands: Any, shape: tuple[
         return (value.reshape(*rows, -1, value.shape[-1]) if "n" in letters else value).astype(operands)
 
     def single(left: jax.Array, right: jax.Array) -> jax.Array:
-        if "n" not in out and jax.default_backend() == "cpu":
+        if "n" not in out and platform() == "cpu":
             return _summed_over_rows(left, right) if spec.startswith(f"n{out[0]}") else _summed_over_rows(right, left)
         return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
@@ -111,12 +113,30 @@ def _summed_over_rows(x: jax.Array, g: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(jnp.matmul(turned(g), x, preferred_element_type=jnp.float32)).T
 
 
+_TARGET: ContextVar[str | None] = ContextVar("target", default=None)
+
+
+def platform() -> str:
+    """What programs are traced for: cpu, gpu or tpu."""
+    return _TARGET.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiled_for(target: str) -> Iterator[None]:
+    """Trace for another platform than this machine's, to be compiled ahead of time."""
+    token = _TARGET.set(target)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
 def activations(dtype: Any) -> Any:
     """The dtype of activations in training at ``dtype``, which that of the parameters stays.
 
     A CPU has fast products of bfloat16 operands and nothing else: what lies between them is float32 there.
     """
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else dtype)
+    return jnp.dtype(jnp.float32 if platform() == "cpu" else dtype)
 
 
 def packed(params: Mapping[str, Any]) -> Any:
@@ -125,7 +145,7 @@ def packed(params: Mapping[str, Any]) -> Any:
     XLA slices a stack of bfloat16 on a CPU by way of float32, the whole stack in every step; of integers
     it takes the slice alone.
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return params
     return jax.jit(lambda tree: jax.tree.map(lambda x: bits(x) if x.ndim > 2 else x, tree))(params)
 

@@ -121,17 +121,22 @@ def _pad_rank(site: Site, rank: int) -> dict[str, jax.Array]:
     }
 
 
+def side_by_side(a: jax.Array) -> jax.Array:
+    """All experts' first factors as one: [E,in,R] -> [in,E·R]; what is so already stays."""
+    return a if a.ndim == 2 else jnp.swapaxes(a, 0, 1).reshape(a.shape[1], -1)
+
+
 def delta_weighted(site: Site, x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     """Sum over experts of weight [...,E] times delta, mixed in the low-rank space: -> [...,out].
 
     Args:
         dtype: of the products' operands; None is the narrower of x's and the factors'.
     """
-    count, size, rank = site["a"].shape
-    low = matmul(x, jnp.swapaxes(site["a"], 0, 1).reshape(size, -1), dtype)
+    count, rank, size = site["b"].shape
+    low = matmul(x, side_by_side(site["a"]), dtype)
     low = low.reshape(*x.shape[:-1], count, rank).astype(jnp.float32) * (weight * site["scale"])[..., None]
     low = low.astype(x.dtype).reshape(*x.shape[:-1], -1)
-    return matmul(low, site["b"].reshape(count * rank, -1), dtype)
+    return matmul(low, site["b"].reshape(count * rank, size), dtype)
 
 
 def delta_grouped(

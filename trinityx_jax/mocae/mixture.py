@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from trinityx_jax.backbone import BackboneConfig
 from trinityx_jax.backbone.layers import ACTIVATION_FUNCTIONS, feed_forward, linear
 from trinityx_jax.backbone.model import FeedForward
-from trinityx_jax.backbone.products import activations, bits, kept, matmul, unpacked
+from trinityx_jax.backbone.products import activations, bits, kept, matmul, platform, unpacked
 from trinityx_jax.experts import lora
 from trinityx_jax.mocae import router as routing
 from trinityx_jax.mocae.config import MoCaEConfig
@@ -33,7 +33,7 @@ def mixture(
 
     Args:
         mlp: the layer's base weights ``gate``, ``up``, ``down``.
-        experts: this layer's slice of the stacked experts.
+        experts: this layer's slice of the stacked experts, or of what ``ready`` makes of them.
         u: [B,S,D]. alpha: [B,S,E] in float32.
         anchored: FFN_0 + sum_i alpha_i (FFN_{T_i} - FFN_0) instead.
 
@@ -61,9 +61,24 @@ def mixture(
 
 def _low(site: lora.Site, u: jax.Array, dtype: Any) -> jax.Array:
     """What a site's experts see of u, scaled, side by side: [B,S,D] -> [B,S,E,R]."""
-    count, size, rank = site["a"].shape
-    low = matmul(u, jnp.swapaxes(site["a"], 0, 1).reshape(size, -1), dtype)
-    return low.reshape(*u.shape[:-1], count, rank) * site["scale"].astype(u.dtype)[:, None]
+    low = matmul(u, lora.side_by_side(site["a"]), dtype)
+    return low.reshape(*u.shape[:-1], *site["b"].shape[:2]) * site["scale"].astype(u.dtype)[:, None]
+
+
+def ready(experts: lora.Experts, narrow: Any, mixing: str = "outputs") -> lora.Experts:
+    """The stacked experts as a model that runs many times wants them: cast as the products do, and turned once.
+
+    narrow: dtype of the base's kernels. Of a site that all experts see the same input of, ``a`` is [L,in,E·R].
+    """
+    inside = activations(narrow) if mixing == "outputs" else narrow
+    out = {}
+    for name, site in experts.items():
+        if name == "down" and mixing == "outputs":  # its input is each expert's own
+            out[name] = {**site, "a": site["a"].astype(inside), "b": site["b"].astype(narrow)}
+        else:
+            wide = jax.vmap(lora.side_by_side)(site["a"]).astype(narrow)
+            out[name] = {**site, "a": wide, "b": site["b"].astype(inside)}
+    return out
 
 
 def _branches(act: Any, anchored: bool, dtype: Any, factors: Mapping[str, jax.Array], tokens: Any) -> Any:
@@ -94,7 +109,7 @@ def _by_tokens(function: Any, factors: Any, tokens: Any) -> Any:
     """
     function = jax.checkpoint(function)
     batch, length = jax.tree.leaves(tokens)[0].shape[:2]
-    if jax.default_backend() != "cpu" or batch * length <= CHUNK:
+    if platform() != "cpu" or batch * length <= CHUNK:
         return function(factors, tokens)
     whole = batch * length // CHUNK * CHUNK
     flat = jax.tree.map(lambda x: x.reshape(batch * length, *x.shape[2:]), tokens)

@@ -22,12 +22,14 @@ class Prepared(NamedTuple):
     attention: dict[str, Any]
 
 
-def prepared(base: Mapping[str, Any], experts: Experts, router: Router | None) -> Experts | Prepared:
+def prepared(base: Mapping[str, Any], experts: Experts, router: Router | None) -> Prepared:
     """What a caller that runs the model many times makes of the stacked tree once; no gradient passes through it."""
-    if router is None or router.config.mixing != "full":
-        return experts
     own, attention = split_sites(experts)
-    return Prepared(mixture.full_experts(base["blocks"], own, len(router.names)), attention)
+    mixing = "weights" if router is None else router.config.mixing  # static weights mix deltas
+    if router is not None and mixing == "full":
+        return Prepared(mixture.full_experts(base["blocks"], own, len(router.names)), attention)
+    kernel = base["blocks"]["gate"]["kernel"].dtype
+    return Prepared(mixture.ready(own, jnp.bfloat16 if kernel == jnp.uint16 else kernel, mixing), attention)
 
 
 def hidden_states(
