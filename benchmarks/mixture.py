@@ -7,8 +7,9 @@
     python benchmarks/mixture.py --topology v5e:1x1 --model configs/geometry/llama2-7b --ranks 64 --dtype bfloat16
 
 Parts: one layer's feed-forward; the forward pass (to the final hidden states); a training step of the router alone
-(of the base: forward and the gradient of its input); a decode step of one sequence. Each way is timed in turns with
-the base; a ratio is the median over rounds, in brackets its range. The FLOP bound counts matrix products alone.
+(of the base: forward and the gradient of its inputs, by way of each layer's first norm); a decode step of one
+sequence. Each way is timed in turns with the base; a ratio is the median over rounds, in brackets its range. The FLOP
+bound counts matrix products alone.
 Temporary memory is what XLA's compiled program says. Weights are random. Ways are explained in ``mixtures.py``.
 
 With ``--topology`` nothing runs: programs are compiled for that TPU (package libtpu, none needed in the machine), and
@@ -42,6 +43,7 @@ from trinityx_jax.mocae import init_router, preset
 from trinityx_jax.mocae.mixture import ready
 from trinityx_jax.mocae.router import per_layer
 
+NORM = "attn_norm"  # of each block, in whose gradient the whole backward pass is
 PARTS = ("feed-forward", "forward", "train", "decode")
 SMALL = BackboneConfig(
     vocab_size=1024, hidden_size=2048, intermediate_size=5632, num_layers=4, num_heads=32, num_kv_heads=4, head_dim=64,
@@ -123,7 +125,10 @@ def _work(part: str, way: Way, config: BackboneConfig, tokens: int, dtype: Any) 
 
     def inputs_of(weights: Weights) -> tuple[Any, Any]:
         mlp = {site: weights.base["blocks"][site] for site in ("gate", "up", "down")}
-        return mlp, way.inputs(mlp, weights.experts, weights.router)
+        inputs = way.inputs(mlp, weights.experts, weights.router)
+        if way.mixing is not None:  # frozen experts, as generation, evaluation and the router's training have them
+            inputs = {**inputs, "experts": ready(inputs["experts"], mlp["gate"]["kernel"].dtype, way.mixing)}
+        return mlp, inputs
 
     def decode(base: Any, inputs: Any, ids: Any, cache: Any) -> Any:
         return Decoder(config, function, dtype).apply({"params": base}, ids, jnp.ones_like(ids, bool), inputs, cache)
@@ -135,13 +140,13 @@ def _work(part: str, way: Way, config: BackboneConfig, tokens: int, dtype: Any) 
     def train(base: Any, inputs: Any) -> Any:
         def loss(trained: Any) -> jax.Array:
             if inputs is None:
-                table = base["embed"]["embedding"] + trained.astype(base["embed"]["embedding"].dtype)
-                return jnp.sum(forward({**base, "embed": {"embedding": table}}, None, "kept"))
+                blocks = {**base["blocks"], NORM: {"scale": trained}}
+                return jnp.sum(forward({**base, "blocks": blocks}, None, "kept"))
             router = {**inputs["router"], **trained}
             return jnp.sum(forward(base, {**inputs, "router": router}, "kept"))
 
-        trained = {k: inputs["router"][k] for k in ("kernel", "bias")} if inputs else jnp.zeros((1, 1))
-        return jax.grad(loss)(trained)
+        own = {k: inputs["router"][k] for k in ("kernel", "bias")} if inputs else base["blocks"][NORM]["scale"]
+        return jax.grad(loss)(own)
 
     def layer(mlp: Any, inputs: Any, u: jax.Array) -> Any:
         return function(mlp, u, u, inputs)[0]
@@ -154,11 +159,7 @@ def _work(part: str, way: Way, config: BackboneConfig, tokens: int, dtype: Any) 
         cache = empty_cache(config, 1, tokens, dtype)
         filled = jnp.asarray(mask).at[:, -1].set(False)
         cache = dataclasses.replace(cache, filled=filled, length=jnp.asarray(tokens - 1))
-        inputs = inputs_of(weights)[1]
-        if way.mixing is not None:  # as generation has them
-            kernel = weights.base["blocks"]["gate"]["kernel"].dtype
-            inputs = {**inputs, "experts": ready(inputs["experts"], kernel, way.mixing)}
-        return weights.base, inputs, jnp.asarray(ids[:, :1]), cache
+        return weights.base, inputs_of(weights)[1], jnp.asarray(ids[:, :1]), cache
 
     def of_model(weights: Weights) -> tuple[Any, ...]:
         return weights.base, inputs_of(weights)[1]

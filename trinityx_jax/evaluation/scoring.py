@@ -131,9 +131,7 @@ class Scorer:
     def _run(self, weights: np.ndarray | None, router: Router | None) -> tuple[Any, tuple[Any, Any, Any]]:
         if router is None:
             return self._static, (self.base, self.experts, _weights(weights))
-        experts = self.experts
-        if router.config.mixing == "full":
-            experts = jax.jit(prepared)(self.base, experts, router)
+        experts = jax.jit(prepared)(self.base, self.experts, router)
         return self._routed, (self.base, experts, router)
 
     def score_continuations(

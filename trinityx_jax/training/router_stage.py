@@ -25,6 +25,7 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.experts import ATTENTION, TaskVector, dynamic_gamma, gamma, init_expert, stack, unstack
 from trinityx_jax.mocae import Router, init_router
 from trinityx_jax.mocae.attention import check_policy
+from trinityx_jax.mocae.model import prepared
 from trinityx_jax.mocae.router import extended
 from trinityx_jax.run_folder import UNCALIBRATED, RunFolder
 from trinityx_jax.runs import (
@@ -197,6 +198,8 @@ class _Stage:
         update = router_step(backbone.config, self.optimizer, train, self.total, dtype=self.dtype)
         self._update = jax.jit(update, donate_argnums=0)
         self._gamma = self._gammas() if router.config.gamma_dynamic else {}
+        frozen = not router.config.train_experts  # cast and laid out once
+        self._served = jax.jit(prepared)(self.base, experts, router) if frozen else experts
 
     def train(self, run: RunFolder) -> tuple[Router, Any]:
         """The trained router and its stacked experts, from the newest checkpoint on."""
@@ -225,7 +228,7 @@ class _Stage:
 
     def step(self, state: TrainState, batch: Mapping[str, Any], names: tuple[str, ...]) -> tuple[TrainState, Any]:
         router = self._at(int(state.step)) if self._gamma else self.router  # asking the step would wait for it
-        return self._update(state, self.base, self.experts, router, self.key, batch)
+        return self._update(state, self.base, self._served, router, self.key, batch)
 
     def describe(self, metrics: Any, names: tuple[str, ...]) -> dict[str, float]:
         out = {k: float(v) for k, v in metrics.items() if k not in ("load", "streak", "skipped")}

@@ -16,6 +16,7 @@ from trinityx_jax.mocae import Router, hidden_states, losses, token_routing
 from trinityx_jax.mocae.attention import grouped_attention, split_sites
 from trinityx_jax.mocae.config import LAMBDAS
 from trinityx_jax.mocae.mixture import grouped_feed_forward
+from trinityx_jax.mocae.model import Prepared
 from trinityx_jax.mocae.statistics import routing_statistics
 from trinityx_jax.sections import TrainConfig
 from trinityx_jax.training.loss import sum_by_group, supervised_nll
@@ -50,8 +51,8 @@ def trained_router(router: Router, experts: Experts | None = None) -> Trained:
     return out
 
 
-def after_stage_2(trained: Trained, router: Router, experts: Experts) -> tuple[Router, Experts]:
-    """Router and experts with the trained leaves in their places."""
+def after_stage_2(trained: Trained, router: Router, experts: Any) -> tuple[Router, Any]:
+    """Router and experts (where they are trained, the stacked tree) with the trained leaves in their places."""
     own = {key: value for key, value in trained.items() if key != "experts"}
     tuned = with_trained(experts, trained["experts"]) if "experts" in trained else experts
     return dataclasses.replace(router, **own), tuned
@@ -193,7 +194,7 @@ def experts_of(tree: Any, active: tuple[int, ...]) -> Any:
 def router_loss(
     trained: Trained,
     base: Mapping[str, Any],
-    experts: Experts,
+    experts: Experts | Prepared,
     router: Router,
     previous: jax.Array,
     config: BackboneConfig,
@@ -227,6 +228,7 @@ def router_loss(
         z = token_routing(aux, "z")
         parts["loss_balance"] = losses.balance_loss(z, router.temperature, mask, mocae.top_k)
     if mocae.lambda_norm:
+        assert not isinstance(experts, Prepared)  # it is refused of frozen experts
         parts["loss_norm"] = losses.norm_loss(base["blocks"], experts)
     total = parts["loss_task"]
     for name in LAMBDAS:
@@ -243,7 +245,9 @@ def router_step(
 ) -> Callable[..., tuple[TrainState, Arrays]]:
     """One stage 2 update: (state, base, experts, router, key, batch) -> (state, metrics)."""
 
-    def step(state: TrainState, base: Any, experts: Experts, router: Router, key: jax.Array, batch: Arrays) -> Any:
+    def step(
+        state: TrainState, base: Any, experts: Experts | Prepared, router: Router, key: jax.Array, batch: Arrays
+    ) -> Any:
         dropout = jax.random.fold_in(key, state.step) if router.config.dropout > 0.0 else None
         (loss, parts), grads = jax.value_and_grad(router_loss, has_aux=True)(
             state.params, base, experts, router, state.previous, config, batch,
