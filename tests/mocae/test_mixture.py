@@ -16,7 +16,7 @@ import pytest
 import trinityx_jax as tx
 from trinityx_jax.backbone import Backbone, BackboneConfig
 from trinityx_jax.backbone.model import abstract_params
-from trinityx_jax.backbone.products import bits, packed, unpacked
+from trinityx_jax.backbone.products import bits, compiled_for, packed, unpacked
 from trinityx_jax.experts import ATTENTION, FEED_FORWARD, TaskVector, stack
 from trinityx_jax.experts.lora import site_shape
 from trinityx_jax.generation.decode import generate_ids
@@ -226,6 +226,21 @@ def shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from shapes(inner)
+
+
+def test_only_a_cpu_takes_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs for another platform, compiled ahead of time on this one, have no loop over tokens."""
+    monkeypatch.setattr(mixing, "CHUNK", 2)
+    layer = make_layer(3)
+
+    def loops() -> int:
+        run = lambda u: mixture(layer.mlp, layer.experts, u, layer.alpha, "silu")  # noqa: E731
+        return str(jax.make_jaxpr(run)(layer.u)).count("scan[")
+
+    assert loops() == 1
+    with compiled_for("tpu"):
+        assert loops() == 0
+    assert loops() == 1
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
