@@ -81,6 +81,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.topology and options.xlora:
+        parser.error("--xlora runs, and --topology only compiles: one of the two")
     if options.xlora and find_spec("peft") is None:
         parser.error("--xlora needs peft: pip install -e '.[torch]'")
     return options

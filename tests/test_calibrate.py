@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import yaml
 from sklearn.metrics import brier_score_loss, log_loss
 
 import trinityx_jax as tx
 from trinityx_jax import cli
-from trinityx_jax.calibrate import EQUAL, MEAN, POOLED, PROMPTS, ROWS, TOKENS, UNSEEN
+from trinityx_jax.calibrate import EQUAL, MEAN, POOLED, PROMPTS, ROWS, TOKENS, UNSEEN, _held_out
 from trinityx_jax.config import load_config
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.evaluation.heldout import load_held_out
@@ -180,6 +181,7 @@ def before_of(tree: Any) -> list[Any]:
         (["--train.steps", "2"], "--train.steps: has no effect"),
         (["--data.honest.source", "samples/honest-test.csv"], "--data.honest.source: has no effect"),
         (["--evaluate.prompts", "2"], "--evaluate.prompts: has no effect here"),
+        (["--evaluate", "{prompts: 2}"], "--evaluate: name one of its keys"),
         (["--data.honest.unseen_limit", "2"], "unseen_limit: this key has no effect without unseen"),
         (["--data.honest.unseen", "nowhere.csv"], "nowhere.csv: no such file"),
         (["--fit"], "--fit"),
@@ -195,6 +197,26 @@ def test_wrong_flags_are_one_sentence_and_change_nothing(
     assert said[0].startswith("trinityx: ")
     assert says in said[0]
     assert files(run) == before
+
+
+def test_templates_that_differ_are_made_one(run: Path) -> None:
+    """The rows whose lengths are matched are then other rows, in the tokenizer's own template."""
+    path = run / "config-router.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["data"]["honest"]["template"] = "alpaca"
+    path.write_text(yaml.safe_dump(config))
+    opened = open_run(run)
+    held = load_held_out(load_config(path), list(NAMES), opened.backbone)
+    own, equal = _held_out(load_config(path), opened, NAMES, held)
+    assert (set(own.views), set(equal.views)) == ({ROWS, PROMPTS}, {EQUAL})
+    config["data"]["honest"]["template"] = "auto"
+    path.write_text(yaml.safe_dump(config))
+    auto = load_held_out(load_config(path), list(NAMES), opened.backbone)
+    (alike,) = _held_out(load_config(path), opened, NAMES, auto)
+    for found, expected in zip(equal.rows, auto.chosen, strict=True):
+        np.testing.assert_array_equal(found.ids, expected.ids)
+    assert equal.views[EQUAL] == alike.views[EQUAL]
+    assert set(alike.views) == {ROWS, PROMPTS, EQUAL}
 
 
 def test_a_run_without_a_router_is_refused(capsys: pytest.CaptureFixture[str], run: Path) -> None:

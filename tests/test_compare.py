@@ -14,6 +14,7 @@ from trinityx_jax import cli, compare
 from trinityx_jax.config import load_config
 from trinityx_jax.evaluation.metrics import log_perplexity_difference, perplexity
 from trinityx_jax.runs import load_expert, save_expert
+from trinityx_jax.variants import file_variants
 
 BASELINES = Path(__file__).parents[1] / "configs" / "baselines"
 ABLATIONS = BASELINES.parent / "ablations"
@@ -156,6 +157,26 @@ def test_a_sweep_over_seeds_averages_them(router_config: Path, tiny_run: Path, t
             assert flat(found["difference"][label][labels[1 - place]][name]) == pytest.approx(flat(gap.as_dict()))
 
 
+def test_a_flag_that_some_variants_have_their_own_value_for_is_said(
+    router_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [str(ABLATIONS / "recommended.yaml"), str(ABLATIONS / "mocae.yaml"), str(BASELINES / "base.yaml")]
+    found = file_variants(str(router_config), files, ["--mocae.temperature", "0.2"], str(tmp_path), None)
+    assert [v.configs[0].mocae_config().temperature for v in found[:2]] == [0.7, 0.2]
+    assert "--mocae.temperature: does not reach recommended" in caplog.text
+
+
+def test_seconds_of_experts_that_were_trained_alone_count(tmp_path: Path, router_config: Path) -> None:
+    lines = [
+        {"stage": f"experts/{name}", "step": 1, "tokens": 30, "tokens_per_second": speed}
+        for name, speed in {"helpful": 10.0, "honest": 30.0}.items()
+    ]
+    for name, content in (("run.json", "{}"), ("metrics.jsonl", "\n".join(map(json.dumps, lines)))):
+        (tmp_path / name).write_text(content)
+    flags = ["--experts.from", str(tmp_path), "--system.kind", "merge", "--out", str(tmp_path / "out")]
+    assert compare._training(load_config(router_config, flags)) == {"experts_seconds": 4.0, "experts_steps": 2}
+
+
 def test_an_expert_in_a_folder_is_measured_again_when_it_changes(
     router_config: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +205,26 @@ def test_an_expert_in_a_folder_is_measured_again_when_it_changes(
         (["compare", "CONFIG", "BASE", "--train.steps", "3"], "--train.steps: has no effect, every variant has"),
         (["compare", "CONFIG", "MERGE", "--system.method", "ties"], "--system.method: has no effect, every variant"),
         (["compare", "CONFIG", "RECOMMENDED", "--experts.from", "nowhere"], "nowhere: holds no expert"),
+        (["compare", "CONFIG", "FOREIGN"], "system.expert: there is no expert"),
+        (["compare", "CONFIG", "SEVERAL"], "system.expert: RUN holds several experts"),
+        (["compare", "CONFIG", "MAPPED"], "experts.from.helpful: RUN holds several experts"),
+        (["compare", "CONFIG", "BASE", "--checkpoint.every", "3"], "--checkpoint.every: has no effect"),
+        (
+            ["compare", "CONFIG", "BASE", "--data.honest.limit", "3"],
+            "--data.honest.limit: has no effect, every variant",
+        ),
+        (
+            ["compare", "CONFIG", "BASE", "--evaluate.max_new_tokens", "9999"],
+            "evaluate.max_new_tokens: with the longest",
+        ),
+        (
+            ["sweep", "CONFIG", "--over", "mocae.temperature=1,2", "--system.kind", "base"],
+            "--mocae.temperature: has no",
+        ),
+        (
+            ["sweep", "CONFIG", "--over", "system.method=sum,average", "--system.kind", "merge", "--train.steps", "3"],
+            "--train.steps: has no effect on any of these systems",
+        ),
         (["compare", "CONFIG", "TYPO"], "system.expert: there is no expert 'honset'"),
         (["compare", "CONFIG", "TRUE"], "system.weights: the weight of 'honest' is true or false, not a number"),
         (["compare", "CONFIG", "STRANGER"], "system.weights: 'kind' is not one of helpful, harmless, honest"),
@@ -201,7 +242,7 @@ def test_an_expert_in_a_folder_is_measured_again_when_it_changes(
     ],
 )
 def test_bad_input_is_one_sentence(
-    words: list[str], says: str, router_config: Path, tmp_path: Path, capsys: Any
+    words: list[str], says: str, router_config: Path, tiny_run: Path, tmp_path: Path, capsys: Any
 ) -> None:
     places = {"CONFIG": str(router_config), "BASE": str(BASELINES / "base.yaml")}
     places |= {"MERGE": str(BASELINES / "naive-merge.yaml"), "RECOMMENDED": str(ABLATIONS / "recommended.yaml")}
@@ -209,6 +250,9 @@ def test_bad_input_is_one_sentence(
         ("seed", "seed: 3"),
         ("steps", "system: {kind: base}\ntrain: {steps: 3}"),
         ("typo", "system: {kind: expert, expert: honset}"),
+        ("foreign", "system: {kind: expert, expert: runs/none}"),
+        ("several", f"system: {{kind: expert, expert: {tiny_run}}}"),
+        ("mapped", f"experts: {{from: {{helpful: {tiny_run}, harmless: {tiny_run}, honest: {tiny_run}}}}}"),
         ("true", "system: {kind: merge, weights: {honest: true}}"),
         ("stranger", "system: {kind: merge, weights: {kind: 0.5}}"),
     ):
@@ -217,7 +261,7 @@ def test_bad_input_is_one_sentence(
     out = tmp_path / "out"
     assert cli.main([*(places.get(word, word) for word in words), "--out", str(out)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
-    assert says in line
+    assert says.replace("RUN", str(tiny_run)) in line
     assert not out.exists()
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import jax
 import numpy as np
 
 from trinityx_jax.backbone import Backbone
-from trinityx_jax.config import NAME, SCRATCH, RunConfig, hidden, load_config
+from trinityx_jax.config import SCRATCH, RunConfig
 from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.data.formats import Example
 from trinityx_jax.data.templates import Encoded
@@ -31,91 +29,10 @@ from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled_rows
 from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import RunFolder
-from trinityx_jax.runs import expert_folders, load_experts, load_router, with_paths
+from trinityx_jax.runs import load_experts, load_router, with_paths
 from trinityx_jax.sections import SystemConfig
 from trinityx_jax.training.router_stage import router_done, stage_experts, train_router
-
-SEED = "{seed}"  # in experts.from, system.expert and router.from: the variant's seed
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A configuration under a name, once for every seed."""
-
-    label: str
-    configs: list[RunConfig]
-
-
-def file_variants(
-    path: str, files: Sequence[str], overrides: Sequence[str], out: str, seeds: Sequence[int] | None
-) -> list[Variant]:
-    """The configuration with each file's keys in place of its own; a file's stem is the variant's name.
-
-    Raises:
-        UserError: a file cannot be read, two have one name, or a configuration is wrong.
-    """
-    labels = [Path(file).stem for file in files]
-    twice = [label for label in labels if labels.count(label) > 1]
-    if twice:
-        raise UserError(f"two variants are named {twice[0]!r}; rename a file")
-    for flag in overrides[::2]:
-        if all(hidden(file, flag) for file in files):
-            raise UserError(f"{flag}: has no effect, every variant has its own value, or no use for one; remove it")
-    return [
-        Variant(label, _seeded(path, overrides, Path(out) / label, seeds, file))
-        for label, file in zip(labels, files, strict=True)
-    ]
-
-
-def grid_variants(
-    path: str, over: Mapping[str, Sequence[str]], overrides: Sequence[str], out: str, seeds: Sequence[int] | None
-) -> list[Variant]:
-    """Every combination of the values that ``over`` gives keys.
-
-    Raises:
-        UserError: a key is overridden as well, or a configuration is wrong.
-    """
-    for key in over:
-        if f"--{key}" in overrides:
-            raise UserError(f"--{key}: is swept over as well")
-    found = []
-    for values in itertools.product(*over.values()):
-        flags = [part for key, value in zip(over, values, strict=True) for part in (f"--{key}", value)]
-        short = [f"{key.rpartition('.')[2]}={value}" for key, value in zip(over, values, strict=True)]
-        label = " ".join(short)
-        folder = Path(out) / re.sub(r"[^A-Za-z0-9._=-]+", "_", "_".join(short))
-        found.append(Variant(label, _seeded(path, [*overrides, *flags], folder, seeds, None)))
-    return found
-
-
-def _seeded(
-    path: str, overrides: Sequence[str], folder: Path, seeds: Sequence[int] | None, variant: str | None
-) -> list[RunConfig]:
-    """One configuration for each seed, with a folder of its own."""
-    if not NAME.fullmatch(folder.name.replace("=", "-")):
-        raise UserError(f"{folder.name!r} cannot be a variant's name (letters, digits, '.', '_', '-')")
-    for flag in ("--out", *(["--seed"] if seeds else [])):
-        if flag in overrides:
-            raise UserError(f"{flag}: is given by the comparison itself")
-    found = []
-    for seed in seeds or (None,):
-        own = ["--out", str(folder / f"seed-{seed}"), "--seed", str(seed)] if seeds else ["--out", str(folder)]
-        config = load_config(path, [*overrides, *own], "compare", variant)
-        found.append(config if seed is None else _named_by_seed(config, seed))
-    return found
-
-
-def _named_by_seed(config: RunConfig, seed: int) -> RunConfig:
-    def own(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: own(part) for name, part in value.items()}
-        return value.replace(SEED, str(seed)) if isinstance(value, str) else value
-
-    def filled(section: Any, key: str) -> Any:
-        return section.model_copy(update={key: own(getattr(section, key))})
-
-    parts = {"experts": "source", "router": "source", "system": "expert"}
-    return config.model_copy(update={name: filled(getattr(config, name), key) for name, key in parts.items()})
+from trinityx_jax.variants import Variant, check_experts
 
 
 class Comparison:
@@ -149,13 +66,14 @@ class Comparison:
         self._held = load_held_out(first, first.experts.names, self._backbone(first))  # before hours of training
         self._asked = choices(first, self._backbone(first).tokenizer)
         self._prompts = first_prompts(first, first.experts.names, self._backbone(first))
+        self._check_lengths(first)
         columns: dict[str, list[Columns]] = {label: [] for label in labels}
         answers: dict[str, list[str]] = {}
         for variant in self.variants:
             for config in variant.configs:
-                found, own = self._measured(variant.label, config)
+                found, own = self._measured(variant.label, config, answers=config is variant.configs[0])
                 columns[variant.label].append(found)
-                answers.setdefault(variant.label, own)  # of the first seed
+                answers.setdefault(variant.label, own)
         results = comparison(columns, first.experts.names, against or labels[0], first.evaluate.bootstrap)
         results["answers"] = [
             {"objective": name, "prompt": example.prompt, "reference": example.response}
@@ -165,6 +83,14 @@ class Comparison:
         write_json(self.out / "comparison.json", results)
         write_text(self.out / "comparison.md", markdown(results))
         return results
+
+    def _check_lengths(self, config: RunConfig) -> None:
+        longest = max(map(len, self._prompts[1]), default=0) + config.evaluate.max_new_tokens
+        limit = self._backbone(config).config.max_position_embeddings
+        if longest > limit:
+            raise UserError(
+                f"evaluate.max_new_tokens: with the longest prompt {longest} tokens, the model has {limit} positions"
+            )
 
     def _check(self, config: RunConfig) -> None:
         """What would otherwise raise after hours."""
@@ -181,20 +107,20 @@ class Comparison:
         mocae, count = config.mocae_config(), len(config.experts.names)
         if mocae.top_k is not None and mocae.top_k > count:
             raise UserError(f"{config.out}: mocae.top_k: {mocae.top_k} of {count} experts cannot be selected")
-        _check_experts(config)
+        check_experts(config)
         asked = config.evaluate.multiple_choice is not None
         if config.system.kind == "oracle" and asked and truthful(config, config.experts.names) is None:
             raise UserError("evaluate.multiple_choice: no objective's test rows are TruthfulQA's; the oracle needs one")
         if config.system.kind == "mocae" and RunFolder(config.out).info_path.exists():
             router_done(config)
 
-    def _measured(self, label: str, config: RunConfig) -> tuple[Columns, list[str]]:
-        """Its numbers, and its answers to the prompts."""
+    def _measured(self, label: str, config: RunConfig, answers: bool) -> tuple[Columns, list[str]]:
+        """Its numbers, and its answers to the prompts where they are asked for."""
         backbone = self._backbone(config)
         router, vectors = self._model(label, config, backbone)
         assert self._held is not None and self._asked is not None
-        questions, answers = self._asked
-        rows = [*self._held.chosen, *self._held.rejected, *answers]
+        questions, choices = self._asked
+        rows = [*self._held.chosen, *self._held.rejected, *choices]
         made_of = [[v.sites for v in vectors.values()], router, [[q.true, q.single_true] for q in questions]]
         key, store = _key(config, backbone, list(vectors), router, made_of, rows), Path(config.out) / "comparison.npz"
         system = functools.cache(lambda: build(config, backbone, vectors, router))
@@ -204,15 +130,16 @@ class Comparison:
             store.parent.mkdir(parents=True, exist_ok=True)
             found.save(store, key)
         self._found[key] = found
-        texts = self._answered(label, config, system, key)
+        texts = self._answered(label, config, system, key) if answers else []
         return dataclasses.replace(found, cost=found.cost | _training(config)), texts
 
     def _answered(self, label: str, config: RunConfig, system: Callable[[], System], key: str) -> list[str]:
         """Answers to the prompts, kept beside the numbers."""
-        (chosen, prompts), store = self._prompts, Path(config.out) / "answers.json"
+        (chosen, prompts), store = self._prompts, Path(config.out) / "comparison-answers.json"
         options = {"max_new_tokens": config.evaluate.max_new_tokens, "dtype": config.dtype}
         made_of = [key, prompts, options]
-        if store.exists() and (kept := read_json(store))["made_of"] == made_of:
+        kept = read_json(store) if store.exists() else None
+        if isinstance(kept, dict) and kept.get("made_of") == made_of:
             return list(kept["answers"])
         with progress(f"{label}, answers", 1) as bar:
             found = system().answer(prompts, [name for name, _ in chosen], **options)
@@ -266,27 +193,6 @@ class Comparison:
         return self._base[config.dtype]
 
 
-def _check_experts(config: RunConfig) -> None:
-    """Raise UserError where the experts that a system is made of are not there."""
-    source, kind, names = config.experts.source, config.system.kind, config.experts.names
-    if kind == "base" or source == SCRATCH:
-        return
-    if source is None:
-        raise UserError("experts.from: name the run, or the folders, that all variants take their experts from")
-    for folder in source.values() if isinstance(source, dict) else ():
-        expert_folders(Path(folder))  # raises
-    found = source if isinstance(source, dict) else expert_folders(Path(source))
-    alone = config.system.expert
-    if alone is not None and alone not in found and not Path(alone).is_dir():
-        raise UserError(f"{config.out}: system.expert: there is no expert {alone!r} (experts: {', '.join(found)})")
-    for name in config.system.weights or ():
-        if name not in names:
-            raise UserError(f"{config.out}: system.weights: {name!r} is not one of {', '.join(names)}")
-    missing = [name for name in names if name not in found and kind != "expert"]
-    if missing:
-        raise UserError(f"{config.out}: experts.from: holds no expert {missing[0]!r} (it has {', '.join(found)})")
-
-
 def _test_keys(config: RunConfig) -> dict[str, Any]:
     """What of ``data`` decides the test rows."""
     own = ("test", "test_format", "test_fields", "test_split", "test_limit", "format", "fields", "template", "mix")
@@ -298,15 +204,15 @@ def _training(config: RunConfig) -> dict[str, float]:
     """Seconds and number of steps of each stage that a system rests on, where a run tells them."""
     stages = {"router": Path(config.out)} if config.system.kind == "mocae" else {}
     alone, source = config.system.expert, config.experts.source
-    source = alone if alone is not None and Path(alone).is_dir() else source
+    source = alone if alone not in (None, *config.experts.names) else source
     if config.system.kind != "base" and isinstance(source, str) and source != SCRATCH:
         found = Path(source)  # a run, its folder of experts, or one of these
         stages["experts"] = next((p for p in (found, *found.parents[:2]) if (p / "run.json").exists()), found)
     out = {}
     for stage, run in stages.items():
-        lines = [line for line in RunFolder(run).metrics() if line.get("stage") == stage]
-        if lines:
-            out[f"{stage}_seconds"] = sum(line["tokens"] / line["tokens_per_second"] for line in lines)
+        lines = [line for line in RunFolder(run).metrics() if str(line.get("stage")).split("/")[0] == stage]
+        if lines:  # one expert's of several that were trained alone are experts/NAME
+            out[f"{stage}_seconds"] = sum(line["tokens"] / max(line["tokens_per_second"], 0.1) for line in lines)
             out[f"{stage}_steps"] = len(lines)
     return out
 

@@ -212,15 +212,12 @@ def _varied(below: dict[str, Any], variant: dict[str, Any], where: str) -> dict[
 
 
 def hidden(path: str | Path, flag: str) -> bool:
-    """Whether a variant's file leaves an override (``--key.sub``) without effect on it.
+    """Whether a variant's file has a value of its own for an override (``--key.sub``).
 
     Raises:
         UserError: the file cannot be read.
     """
     variant, keys = _read(Path(path)), flag.removeprefix("--").split(".")
-    kind = variant["system"].get("kind", "mocae") if isinstance(variant.get("system"), dict) else "mocae"
-    if kind != "mocae" and keys[0] in ("mocae", "router", "train") and keys != ["train", "seq_len"]:
-        return True
     if keys[0] == "mocae" and isinstance(variant.get("mocae"), dict) and "preset" in variant["mocae"]:
         return True
     node: Any = variant

@@ -223,9 +223,15 @@ def load_router(path: str | Path, fingerprint: str | None = None) -> Router:
 
 
 def load_trained_router(path: str | Path, fingerprint: str | None = None) -> Router:
-    """As ``load_router``; a run's as training left it, which calibrating it later does not change."""
-    load_router(path, fingerprint)  # raises where the run has none, or trains it anew
-    return load_router(_trained_router(Path(path)), fingerprint)
+    """As ``load_router``; a run's as training left it, which calibrating it later does not change.
+
+    Raises:
+        UserError: as ``load_router``; the run was calibrated by an older version, which kept none.
+    """
+    router, folder = load_router(path, fingerprint), _trained_router(Path(path))  # raises where there is none
+    if (Path(path) / "run.json").exists() and folder.name != UNCALIBRATED and router.config.calibration != "none":
+        raise UserError(f"{path}: keeps no router as training left it; give {folder}, or train it anew")
+    return load_router(folder, fingerprint)
 
 
 def _trained_router(path: Path) -> Path:

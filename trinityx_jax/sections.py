@@ -50,7 +50,8 @@ class ExpertsConfig(Section):
         return sites
 
 
-UNSEEN = ("unseen", "unseen_format", "unseen_fields", "unseen_split", "unseen_limit")  # keys of ``data.NAME``
+TEST_KEYS = ("test", "test_format", "test_fields", "test_split", "test_limit")  # keys of ``data.NAME``
+UNSEEN = ("unseen", "unseen_format", "unseen_fields", "unseen_split", "unseen_limit")
 
 
 class DataConfig(Section):

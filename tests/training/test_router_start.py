@@ -178,6 +178,9 @@ def test_a_router_is_trained_again_when_that_is_said(
     capsys.readouterr()
     assert cli.main([*command, "--train.steps", "2", "--train.anew", "true"]) == 0
     assert "done before" in capsys.readouterr().out  # with the same settings there is nothing to train
+    quiet = ["--train.steps", "2", "--mocae.preset", "uniform", "--train.anew", "true"]
+    assert cli.main([*command, *quiet]) == 0  # nothing of the learned router is left to start another from
+    assert not np.any(np.asarray(load_trained_router(out).kernel))
     alone = configure(tiny_config, tmp_path / "alone", "--experts.from", str(tiny_run), "--train.steps", "2")
     assert not any(changed(train_router(alone, run.backbone, run.vectors), second))
 

@@ -90,9 +90,10 @@ def sweep(
 
 
 def _compared(config: str, rest: Sequence[str], own: dict[str, str | None], **what: Any) -> int:
-    from trinityx_jax.compare import Comparison, file_variants, grid_variants
+    from trinityx_jax.compare import Comparison
     from trinityx_jax.config import load_config
     from trinityx_jax.evaluation.comparison import tables
+    from trinityx_jax.variants import file_variants, grid_variants
 
     seeds = None if own["--seeds"] is None else parse_seeds(own["--seeds"])
     folder = own["--out"] or f"{load_config(config).out}/{'compare' if 'files' in what else 'sweep'}"

@@ -121,7 +121,8 @@ def mocae_card(name: str, vectors: Mapping[str, TaskVector], router: Router, fac
     front = {"base_model": facts.base, "library_name": "transformers", "pipeline_tag": "text-generation"}
     reading = "print(routing.mean(dim=(1, 2)))\n"
     if router.pool:
-        reading = 'print(model.row_probabilities(routing, inputs["attention_mask"], "prompt"))  # calibrated\n'
+        reading = "# of prompts in the template that the router was trained with, calibrated:\n"
+        reading += 'print(model.row_probabilities(routing, inputs["attention_mask"], "prompt"))\n'
     return f"""{_front_matter(facts, **front, tags=["trinityx"])}
 # {name.rpartition("/")[2]}
 

@@ -24,7 +24,8 @@ def first_prompts(
     chosen = []
     prompts: list[list[int]] = []
     for name in names:
-        for data, pairs in held_out_pairs(config, name, config.evaluate.prompts):
+        for data, whole in held_out_pairs(config, name, config.evaluate.prompts):
+            pairs = whole[: data.test_limit]
             chosen += [(name, p.chosen) for p in pairs]
             prompts += encode_prompts(data.template, [p.chosen for p in pairs], backbone.tokenizer)
     return chosen, prompts

@@ -163,7 +163,7 @@ def overview(results: Mapping[str, Any], intervals: bool) -> Grid:
     rows = []
     for label, own in systems.items():
         ppl, routing = own["perplexity"], own.get("routing", {})
-        routed = routing.get("row") or routing.get("row mean") or {}
+        routed = routing.get("row", {})  # the calibrated reading, or none
         cells = [_cell(ppl[n], best=ppl[n]["value"] == best[n], interval=intervals) for n in names]
         if intervals:
             cells += [_cell(own["preference"][n], percent=True) for n in names]

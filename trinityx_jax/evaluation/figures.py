@@ -187,12 +187,14 @@ def reliability(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     if not any(curves.values()):
         return ""
     share = 0.84 / len(curves)  # of a bin's width, each curve's bar
+    styles = [(NEUTRAL[1], "s"), (PALETTE[0], "o"), (PALETTE[1], "^")]
+    styles = styles[0 if "before" in next(iter(curves)) else 1 :]
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     top.plot([0, 1], [0, 1], color="#AAAAAA", linewidth=0.9, linestyle=(0, (4, 3)))
     top.annotate("perfectly calibrated", (0.1, 0.01), color="#777777", fontsize=8)
     for place, (label, bins) in enumerate(curves.items()):
-        colour, marker = ((NEUTRAL[1], "s"), (PALETTE[0], "o"), (PALETTE[1], "^"))[place]
+        colour, marker = styles[place]
         points = [(finite(b.get("confidence")), finite(b.get("accuracy"))) for b in bins]
         if bins:  # a bin of few rows is a small mark: its accuracy says little
             x, y = zip(*points, strict=True)

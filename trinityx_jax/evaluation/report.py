@@ -276,6 +276,7 @@ def write_report(results: dict[str, Any], metrics: list[dict[str, Any]], out: Pa
         {key: results.get(key) for key in (*known, "settings", "commands", "matched_length")},
         colours=colours,
         measures=_measures(results),
+        calibrated=CURVES[-1] in (results.get("routing") or {}),
         routing=_routing(results),
         answers=_answers(results, colours),
         vectors=_vectors(results),

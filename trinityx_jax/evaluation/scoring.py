@@ -129,9 +129,9 @@ class Scorer:
         return lambda batch: function(*arguments, batch)
 
     def _run(self, weights: np.ndarray | None, router: Router | None) -> tuple[Any, tuple[Any, Any, Any]]:
+        experts = None if self.experts is None else jax.jit(prepared)(self.base, self.experts, router)
         if router is None:
-            return self._static, (self.base, self.experts, _weights(weights))
-        experts = jax.jit(prepared)(self.base, self.experts, router)
+            return self._static, (self.base, experts, _weights(weights))
         return self._routed, (self.base, experts, router)
 
     def score_continuations(

@@ -12,9 +12,8 @@ from trinityx_jax.evaluation.answers import side_by_side
 from trinityx_jax.evaluation.heldout import evaluate
 from trinityx_jax.files import write_json
 from trinityx_jax.runs import load_uncalibrated, open_run
-from trinityx_jax.sections import UNSEEN, EvaluateConfig
+from trinityx_jax.sections import TEST_KEYS, UNSEEN, EvaluateConfig
 
-TEST_KEYS = ("test", "test_format", "test_fields", "test_split", "test_limit")  # of data.NAME
 CALIBRATION_KEYS = ("batch_size", "bootstrap")  # of evaluate, which a calibration reads
 
 
@@ -35,6 +34,9 @@ def evaluate_run(
     check_overrides(overrides, out)
     opened = open_run(run)
     folder = opened.folder
+    for key in ("prompts", "max_new_tokens") if opened.router is None else ():
+        if f"--evaluate.{key}" in overrides:
+            raise UserError(f"--evaluate.{key}: has no effect on a run without a router, which answers no prompts")
     stages = ("router", "experts") if opened.router is not None else ("experts",)
     found = [path for stage in stages if (path := folder.path / f"config-{stage}.yaml").exists()]
     if not found:
@@ -54,9 +56,11 @@ def check_overrides(overrides: Sequence[str], out: str | Path | None, calibratio
     settings = CALIBRATION_KEYS if calibration else tuple(EvaluateConfig.model_fields)
     for flag in overrides[::2]:
         section, *keys = flag.removeprefix("--").split(".")
+        if section == "evaluate" and not keys:
+            raise UserError(f"{flag}: name one of its keys, such as --evaluate.batch_size")
         if section == "data" and len(keys) >= 2 and keys[1] in known:
             if out is None and not calibration:
                 raise UserError(f"{flag}: results on other test rows need a folder of their own (--out)")
-        elif section != "evaluate" or (keys and keys[0] in EvaluateConfig.model_fields and keys[0] not in settings):
+        elif section != "evaluate" or (keys[0] in EvaluateConfig.model_fields and keys[0] not in settings):
             have = ", ".join([*(f"data.NAME.{key}" for key in known), *(f"evaluate.{key}" for key in settings)])
             raise UserError(f"{flag}: has no effect here ({have} have)")

@@ -159,7 +159,7 @@ def preset(name: str, **changes: Any) -> MoCaEConfig:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise UserError(f"mocae.{key}: unknown key (nearest: {nearest})")
     found = dataclasses.replace(PRESETS[name], **changes)
-    for key in ("temperature", "router_scope", "router_bias", "entropy", "kl"):
+    for key in ("temperature", "router_scope", "router_bias", "entropy", "kl", "dropout"):
         if found.routing == "uniform" and key in changes:
             raise UserError(f"mocae.{key}: has no effect where routing is uniform; remove it")
     return found

@@ -111,6 +111,7 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
             run.path / "checkpoints" / "router", ignore_errors=True
         )  # first: a kill between leaves the old one
         run.forget("router")
+        shutil.rmtree(run.path / UNCALIBRATED, ignore_errors=True)
     run.begin("router", settings)
     _own_experts(config, run, own)
     save_config(config, run.path / "config-router.yaml", "router")
@@ -198,8 +199,8 @@ class _Stage:
         update = router_step(backbone.config, self.optimizer, train, self.total, dtype=self.dtype)
         self._update = jax.jit(update, donate_argnums=0)
         self._gamma = self._gammas() if router.config.gamma_dynamic else {}
-        frozen = not router.config.train_experts  # cast and laid out once
-        self._served = jax.jit(prepared)(self.base, experts, router) if frozen else experts
+        once = not router.config.train_experts and router.config.mixing != "full"  # which would be E bases
+        self._served = jax.jit(prepared)(self.base, experts, router) if once else experts  # cast and laid out
 
     def train(self, run: RunFolder) -> tuple[Router, Any]:
         """The trained router and its stacked experts, from the newest checkpoint on."""

@@ -1,0 +1,148 @@
+"""The configurations that a comparison is of: variants' files, or a grid of values, for each seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trinityx_jax.config import NAME, SCRATCH, RunConfig, hidden, load_config
+from trinityx_jax.errors import UserError
+from trinityx_jax.runs import expert_folders
+from trinityx_jax.sections import TEST_KEYS
+
+log = logging.getLogger(__name__)
+FROM = ("experts", ["from"])
+SEED = "{seed}"  # in experts.from, system.expert and router.from: the variant's seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A configuration under a name, once for every seed."""
+
+    label: str
+    configs: list[RunConfig]
+
+
+def file_variants(
+    path: str, files: Sequence[str], overrides: Sequence[str], out: str, seeds: Sequence[int] | None
+) -> list[Variant]:
+    """The configuration with each file's keys in place of its own; a file's stem is the variant's name.
+
+    Raises:
+        UserError: a file cannot be read, two have one name, or a configuration is wrong.
+    """
+    labels = [Path(file).stem for file in files]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise UserError(f"two variants are named {twice[0]!r}; rename a file")
+    found = [
+        Variant(label, _seeded(path, overrides, Path(out) / label, seeds, file))
+        for label, file in zip(labels, files, strict=True)
+    ]
+    for flag in overrides[::2]:
+        own = [variant.label for variant, file in zip(found, files, strict=True) if hidden(file, flag)]
+        if all(v.label in own or idle(v.configs[0], flag) for v in found):
+            raise UserError(f"{flag}: has no effect, every variant has its own value, or no use for one; remove it")
+        if own:
+            log.warning("%s: does not reach %s, whose file stands above it", flag, ", ".join(own))
+    return found
+
+
+def grid_variants(
+    path: str, over: Mapping[str, Sequence[str]], overrides: Sequence[str], out: str, seeds: Sequence[int] | None
+) -> list[Variant]:
+    """Every combination of the values that ``over`` gives keys.
+
+    Raises:
+        UserError: a key is overridden as well, or a configuration is wrong.
+    """
+    for key in over:
+        if f"--{key}" in overrides:
+            raise UserError(f"--{key}: is swept over as well")
+    found = []
+    for values in itertools.product(*over.values()):
+        flags = [part for key, value in zip(over, values, strict=True) for part in (f"--{key}", value)]
+        short = [f"{key.rpartition('.')[2]}={value}" for key, value in zip(over, values, strict=True)]
+        label = " ".join(short)
+        folder = Path(out) / re.sub(r"[^A-Za-z0-9._=-]+", "_", "_".join(short))
+        found.append(Variant(label, _seeded(path, [*overrides, *flags], folder, seeds, None)))
+    for flag in (*overrides[::2], *(f"--{key}" for key in over)):
+        if all(idle(variant.configs[0], flag) for variant in found):
+            raise UserError(f"{flag}: has no effect on any of these systems; remove it")
+    return found
+
+
+def idle(config: RunConfig, flag: str) -> bool:
+    """Whether a system that is not trained has no use for an override."""
+    kind, (section, *keys) = config.system.kind, flag.removeprefix("--").split(".")
+    if kind == "mocae":
+        return False
+    if section == "data" and len(keys) > 1:
+        return keys[1] not in (*TEST_KEYS, "format", "fields", "template", "mix", "on_bad_row")
+    if section == "train":
+        return keys not in ([], ["seq_len"])  # to which test rows are cut
+    return section in ("mocae", "router", "checkpoint", "seed") or (kind == "base" and (section, keys) == FROM)
+
+
+def _seeded(
+    path: str, overrides: Sequence[str], folder: Path, seeds: Sequence[int] | None, variant: str | None
+) -> list[RunConfig]:
+    """One configuration for each seed, with a folder of its own."""
+    if not NAME.fullmatch(folder.name.replace("=", "-")):
+        raise UserError(f"{folder.name!r} cannot be a variant's name (letters, digits, '.', '_', '-')")
+    for flag in ("--out", *(["--seed"] if seeds else [])):
+        if flag in overrides:
+            raise UserError(f"{flag}: is given by the comparison itself")
+    found = []
+    for seed in seeds or (None,):
+        own = ["--out", str(folder / f"seed-{seed}"), "--seed", str(seed)] if seeds else ["--out", str(folder)]
+        config = load_config(path, [*overrides, *own], "compare", variant)
+        found.append(config if seed is None else _named_by_seed(config, seed))
+    return found
+
+
+def _named_by_seed(config: RunConfig, seed: int) -> RunConfig:
+    def own(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: own(part) for name, part in value.items()}
+        return value.replace(SEED, str(seed)) if isinstance(value, str) else value
+
+    def filled(section: Any, key: str) -> Any:
+        return section.model_copy(update={key: own(getattr(section, key))})
+
+    parts = {"experts": "source", "router": "source", "system": "expert"}
+    return config.model_copy(update={name: filled(getattr(config, name), key) for name, key in parts.items()})
+
+
+def check_experts(config: RunConfig) -> None:
+    """Raise UserError where the experts that a system is made of are not there."""
+    source, kind, names = config.experts.source, config.system.kind, config.experts.names
+    if kind == "base" or (source == SCRATCH and kind == "mocae"):
+        return
+    if source is None or source == SCRATCH:
+        raise UserError("experts.from: name the run, or the folders, that all variants take their experts from")
+    for name, folder in source.items() if isinstance(source, dict) else ():
+        _one_expert(folder, f"experts.from.{name}")
+    found = source if isinstance(source, dict) else expert_folders(Path(source))
+    alone = config.system.expert
+    if alone is not None and alone not in found:
+        if not Path(alone).is_dir():
+            raise UserError(f"{config.out}: system.expert: there is no expert {alone!r} (experts: {', '.join(found)})")
+        _one_expert(alone, "system.expert")
+    for name in config.system.weights or ():
+        if name not in names:
+            raise UserError(f"{config.out}: system.weights: {name!r} is not one of {', '.join(names)}")
+    missing = [name for name in names if name not in found and kind != "expert"]
+    if missing:
+        raise UserError(f"{config.out}: experts.from: holds no expert {missing[0]!r} (it has {', '.join(found)})")
+
+
+def _one_expert(folder: str, what: str) -> None:
+    found = expert_folders(Path(folder))
+    if len(found) > 1 or Path(next(iter(found.values()))) != Path(folder):
+        raise UserError(f"{what}: {folder} holds several experts ({', '.join(found)}); give the folder of one")
