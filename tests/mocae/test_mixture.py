@@ -133,7 +133,7 @@ def naive_gradients(layer: Layer, seen: np.ndarray, anchored: bool) -> tuple[Any
     return by_factor, by_u, by_alpha
 
 
-@pytest.mark.parametrize("chunk", [mixing.CHUNK, 2, 4])  # whole; in equal parts; with a rest
+@pytest.mark.parametrize("chunk", [64, 2, 4])  # whole; in equal parts; with a rest
 @pytest.mark.parametrize(
     ("count", "bias", "sites", "anchored"),
     [
@@ -149,7 +149,7 @@ def naive_gradients(layer: Layer, seen: np.ndarray, anchored: bool) -> tuple[Any
 def test_shared_mixture_equals_the_naive_one_forward_and_backward(
     count: int, bias: bool, sites: tuple[str, ...], anchored: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mixing, "CHUNK", chunk)
+    monkeypatch.setattr(mixing, "VALUES", chunk * F)
     layer = make_layer(count, bias, sites)
     factors = {s: {k: x[k] for k in ("a", "b")} for s, x in layer.experts.items()}
     seen = normal(np.random.default_rng(9), (B, S, D))
@@ -230,7 +230,7 @@ def shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
 
 def test_only_a_cpu_takes_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs for another platform, compiled ahead of time on this one, have no loop over tokens."""
-    monkeypatch.setattr(mixing, "CHUNK", 2)
+    monkeypatch.setattr(mixing, "VALUES", 2 * F)
     layer = make_layer(3)
 
     def loops() -> int:
@@ -260,12 +260,12 @@ def test_the_base_is_multiplied_three_times_and_no_expert_is_ever_dense(count: i
         assert (count, D, F) not in made
 
 
-@pytest.mark.parametrize("chunk", [mixing.CHUNK, 2])
+@pytest.mark.parametrize("chunk", [64, 2])
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_the_backward_pass_keeps_gate_and_up_and_nothing_per_expert(
     count: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mixing, "CHUNK", chunk)
+    monkeypatch.setattr(mixing, "VALUES", chunk * F)
     layer = make_layer(count)
 
     def kept(use: Callable[..., jax.Array]) -> list[tuple[int, ...]]:

@@ -8,6 +8,7 @@ Shapes: B batch, S sequence, D hidden, F feed-forward, E experts, R rank.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from trinityx_jax.mocae import router as routing
 from trinityx_jax.mocae.config import MoCaEConfig
 
 Mlp = Mapping[str, Any]
-CHUNK = 32  # tokens whose branches stay in a CPU's cache; 16 to 64 are alike
+VALUES = 2**18  # of one branch, which stay in a CPU's cache
 
 
 def mixture(
@@ -103,17 +104,18 @@ def _branches(act: Any, anchored: bool, dtype: Any, factors: Mapping[str, jax.Ar
 
 
 def _by_tokens(function: Any, factors: Any, tokens: Any) -> Any:
-    """``function(factors, tokens)`` over [B,S,...] leaves, its insides made again in the backward pass.
+    """``function(factors, tokens)`` over [B,S,...] leaves (the first [B,S,F]), its insides made again in backward.
 
-    On a CPU a few tokens at a time, so that the E branches of F values each stay in its cache.
+    On a CPU a few tokens at a time, so that a branch's F values for each stay in its cache.
     """
     function = jax.checkpoint(function)
-    batch, length = jax.tree.leaves(tokens)[0].shape[:2]
-    if platform() != "cpu" or batch * length <= CHUNK:
+    batch, length, width = tokens[0].shape
+    size = 2 ** int(math.log2(max(VALUES // width, 1)))
+    if platform() != "cpu" or batch * length <= size:
         return function(factors, tokens)
-    whole = batch * length // CHUNK * CHUNK
+    whole = batch * length // size * size
     flat = jax.tree.map(lambda x: x.reshape(batch * length, *x.shape[2:]), tokens)
-    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, CHUNK, *x.shape[1:]), flat)
+    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), flat)
     out = jax.lax.map(functools.partial(function, factors), chunks)
     out = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), out)
     if whole < batch * length:
