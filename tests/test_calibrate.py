@@ -82,7 +82,8 @@ def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
     assert cli.main(["calibrate", str(run), "--fit", "expert", *unseen, "--evaluate.bootstrap", "100"]) == 0
     shown = capsys.readouterr().out
     assert all(
-        heading in shown for heading in ("class ECE", "against the best expert", "unseen prompts, n = 12", "0.667")
+        heading in shown
+        for heading in ("class ECE", "against the best expert", "unseen prompts, n = 12", "0.667", "log(after")
     )
 
     after, found = files(run), results(run)
@@ -105,6 +106,19 @@ def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
     counts |= dict.fromkeys((ROWS, PROMPTS, EQUAL, UNSEEN), [4] * 3)
     assert found["rows"] == counts
 
+    size = max(len(row.ids) for row in held.chosen)
+    tokens = np.stack([np.pad(row.ids, (0, size - len(row.ids))) for row in held.chosen])
+    for state, own in (("before", start), ("after", router)):
+        logits = np.asarray(tx.forward(opened.backbone, tokens, experts=opened.vectors, router=own)[0], np.float64)
+        nll = (
+            np.logaddexp.reduce(logits[:, :-1], axis=-1)
+            - np.take_along_axis(logits[:, :-1], tokens[:, 1:, None], 2)[..., 0]
+        )
+        for index, name in enumerate(NAMES):
+            answers = [x[row.prompt_length - 1 : len(row.ids) - 1] for x, row in zip(nll, held.chosen, strict=True)]
+            mean = np.concatenate([x for x, label in zip(answers, LABELS, strict=True) if label == index]).mean()
+            assert found["perplexity"][name][state]["value"] == pytest.approx(np.exp(mean), rel=1e-4)
+            assert found["perplexity"][name]["difference"]["n"] == 4
     routing = found["routing"]
     assert {what: set(by_label) for what, by_label in routing.items()} == {
         ROWS: {"objective", "best expert"}, PROMPTS: {"objective"}, EQUAL: {"objective"}, UNSEEN: {"objective"},

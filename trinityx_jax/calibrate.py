@@ -21,6 +21,7 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import figures, metrics
 from trinityx_jax.evaluation.expert_losses import ExpertLosses, expert_losses
 from trinityx_jax.evaluation.heldout import HeldOut, load_held_out, one_template
+from trinityx_jax.evaluation.scoring import Scorer
 from trinityx_jax.evaluation.suite import check_overrides
 from trinityx_jax.experts import stack
 from trinityx_jax.files import write_json, write_text
@@ -107,10 +108,31 @@ def calibrate_run(
         "pool": {key: np.asarray(x).tolist() for key, x in after.pool.items()},
         "rows": {what: np.bincount(index, minlength=len(names)).tolist() for what, index in labels.items()},
         "matched_length": next(part.views[EQUAL][0][0] for part in sets if EQUAL in part.views),
+        "perplexity": _answers(config, run, states, held),
         "routing": _measure(config, reader, states, sets, best),
     }
     _save(run, start, after, results)
     return results
+
+
+def _answers(config: RunConfig, run: OpenRun, routers: dict[str, Router], held: HeldOut) -> dict[str, Any]:
+    """Perplexity of the test rows' answers by objective, before and after, and log(after / before), paired: weights
+    that are honest about the objective need not be those that mix best."""
+    names, resamples = routers["after"].names, config.evaluate.bootstrap
+    vectors = {name: run.vectors[name] for name in names}
+    scorer = Scorer(run.backbone, vectors, config.dtype, config.evaluate.batch_size)
+    scores = {state: scorer.score(held.chosen, router=router) for state, router in routers.items()}
+    out: dict[str, Any] = {}
+    for index, name in enumerate(names):
+        own = np.flatnonzero(held.objective == index)
+        tokens = scores["after"].tokens[own]
+        nll = {state: found.nll[own] for state, found in scores.items()}
+        found = {state: metrics.perplexity(x, tokens, resamples=resamples) for state, x in nll.items()}
+        found["difference"] = metrics.log_perplexity_difference(
+            nll["after"], nll["before"], tokens, resamples=resamples
+        )
+        out[name] = {key: estimate.as_dict() for key, estimate in found.items()}
+    return out
 
 
 def _as_trained(run: OpenRun) -> Router:
@@ -234,7 +256,13 @@ def calibration_tables(results: Mapping[str, Any]) -> Group:
             for name, heading in SHOWN.items():
                 table.add_row(heading, *(_cell(report.get(name)) for *_, report in columns))
             tables.append(table)
-    return Group(*tables)
+    title = "perplexity of held-out answers"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    for heading in ("", "before", "after", "log(after / before)"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name, own in results["perplexity"].items():
+        table.add_row(name, *(_cell(own[key]) for key in ("before", "after", "difference")))
+    return Group(*tables, table)
 
 
 def _cell(estimate: Mapping[str, Any] | None) -> str:
