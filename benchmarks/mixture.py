@@ -40,7 +40,7 @@ from trinityx_jax.backbone.cache import empty_cache
 from trinityx_jax.backbone.products import activations, compiled_for
 from trinityx_jax.experts import init_expert, stack
 from trinityx_jax.mocae import init_router, preset
-from trinityx_jax.mocae.mixture import ready
+from trinityx_jax.mocae.mixture import laid_out
 from trinityx_jax.mocae.router import per_layer
 
 NORM = "attn_norm"  # of each block, in whose gradient the whole backward pass is
@@ -129,7 +129,7 @@ def _work(part: str, way: Way, config: BackboneConfig, tokens: int, dtype: Any) 
         mlp = {site: weights.base["blocks"][site] for site in ("gate", "up", "down")}
         inputs = way.inputs(mlp, weights.experts, weights.router)
         if way.mixing is not None:  # frozen experts, as generation, evaluation and the router's training have them
-            inputs = {**inputs, "experts": ready(inputs["experts"], mlp["gate"]["kernel"].dtype, way.mixing)}
+            inputs = {**inputs, "experts": laid_out(inputs["experts"], mlp["gate"]["kernel"].dtype, way.mixing)}
         return mlp, inputs
 
     def decode(base: Any, inputs: Any, ids: Any, cache: Any) -> Any:

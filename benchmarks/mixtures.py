@@ -31,7 +31,7 @@ class Way:
     function: Callable[[BackboneConfig], FeedForward]
     inputs: Callable[[Tree, Tree, Tree], Any]
     flops: Callable[[int, int, int, int], float]  # (D, F, E, R) over the base's
-    mixing: str | None = None  # of experts that ``mocae.mixture.ready`` can lay out for many steps
+    mixing: str | None = None  # how ``mocae.mixture.laid_out`` lays its experts out
 
 
 def _low_rank(d: int, f: int, e: int, r: int) -> float:

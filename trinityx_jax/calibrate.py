@@ -236,7 +236,9 @@ def _save(run: OpenRun, start: Router, after: Router, results: dict[str, Any]) -
     curves["row"] = [(MEAN, "before"), (MEAN, "after"), (POOLED, "after")]
     for name, parts in curves.items():
         bins = {f"{reading}, {state} calibration": own[reading][state]["reliability"] for reading, state in parts}
-        write_text(out / f"reliability-{name}.svg", figures.standalone(figures.reliability(bins)))
+        write_text(
+            out / f"reliability-{name}.svg", figures.standalone(figures.reliability(bins, before=next(iter(bins))))
+        )
 
 
 def calibration_tables(results: Mapping[str, Any]) -> Group:

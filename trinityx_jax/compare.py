@@ -30,7 +30,7 @@ from trinityx_jax.mocae.calibration import pooled_rows
 from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import load_experts, load_router, with_paths
-from trinityx_jax.sections import SystemConfig
+from trinityx_jax.sections import TEST_ROWS, SystemConfig
 from trinityx_jax.training.router_stage import router_done, stage_experts, train_router
 from trinityx_jax.variants import Variant, check_experts
 
@@ -41,9 +41,7 @@ class Comparison:
     def __init__(self, variants: Sequence[Variant], out: str | Path):
         self.variants, self.out = variants, Path(out)
         self._backbones: dict[tuple[str, str], Backbone] = {}
-        self._held: HeldOut | None = None  # of all variants, like the questions: ``_check``
-        self._asked: tuple[list[Question], list[Encoded]] | None = None
-        self._prompts: tuple[list[tuple[str, Example]], list[list[int]]] = ([], [])
+        self._first = variants[0].configs[0]  # what all have in common is read from it: ``_check``
         self._base: dict[str, System] = {}
         self._found: dict[str, Columns] = {}  # by digest: the base is the same for every seed
 
@@ -62,11 +60,8 @@ class Comparison:
             raise UserError(f"--against: {against!r} is not one of {', '.join(labels)}")
         for config in (config for variant in self.variants for config in variant.configs):
             self._check(config)
-        first = self.variants[0].configs[0]
-        self._held = load_held_out(first, first.experts.names, self._backbone(first))  # before hours of training
-        self._asked = choices(first, self._backbone(first).tokenizer)
-        self._prompts = first_prompts(first, first.experts.names, self._backbone(first))
-        self._check_lengths(first)
+        first = self._first
+        self._check_rows()
         columns: dict[str, list[Columns]] = {label: [] for label in labels}
         answers: dict[str, list[str]] = {}
         for variant in self.variants:
@@ -84,9 +79,23 @@ class Comparison:
         write_text(self.out / "comparison.md", markdown(results))
         return results
 
-    def _check_lengths(self, config: RunConfig) -> None:
-        longest = max(map(len, self._prompts[1]), default=0) + config.evaluate.max_new_tokens
-        limit = self._backbone(config).config.max_position_embeddings
+    @functools.cached_property
+    def _held(self) -> HeldOut:
+        return load_held_out(self._first, self._first.experts.names, self._backbone(self._first))
+
+    @functools.cached_property
+    def _asked(self) -> tuple[list[Question], list[Encoded]]:
+        return choices(self._first, self._backbone(self._first).tokenizer)
+
+    @functools.cached_property
+    def _prompts(self) -> tuple[list[tuple[str, Example]], list[list[int]]]:
+        return first_prompts(self._first, self._first.experts.names, self._backbone(self._first))
+
+    def _check_rows(self) -> None:
+        """Reads what all are measured on, before hours of training."""
+        assert self._held and self._asked
+        longest = max(map(len, self._prompts[1]), default=0) + self._first.evaluate.max_new_tokens
+        limit = self._backbone(self._first).config.max_position_embeddings
         if longest > limit:
             raise UserError(
                 f"evaluate.max_new_tokens: with the longest prompt {longest} tokens, the model has {limit} positions"
@@ -94,7 +103,7 @@ class Comparison:
 
     def _check(self, config: RunConfig) -> None:
         """What would otherwise raise after hours."""
-        first = self.variants[0].configs[0]
+        first = self._first
         for what, own, other in (
             ("model", config.model, first.model),
             ("experts.names", config.experts.names, first.experts.names),
@@ -104,9 +113,6 @@ class Comparison:
         ):
             if own != other:
                 raise UserError(f"{config.out}: {what} differs from {first.out}'s; they would not be comparable")
-        mocae, count = config.mocae_config(), len(config.experts.names)
-        if mocae.top_k is not None and mocae.top_k > count:
-            raise UserError(f"{config.out}: mocae.top_k: {mocae.top_k} of {count} experts cannot be selected")
         check_experts(config)
         asked = config.evaluate.multiple_choice is not None
         if config.system.kind == "oracle" and asked and truthful(config, config.experts.names) is None:
@@ -118,7 +124,6 @@ class Comparison:
         """Its numbers, and its answers to the prompts where they are asked for."""
         backbone = self._backbone(config)
         router, vectors = self._model(label, config, backbone)
-        assert self._held is not None and self._asked is not None
         questions, choices = self._asked
         rows = [*self._held.chosen, *self._held.rejected, *choices]
         made_of = [[v.sites for v in vectors.values()], router, [[q.true, q.single_true] for q in questions]]
@@ -163,7 +168,6 @@ class Comparison:
         return load_router(config.out, backbone.fingerprint), load_experts(config.out, backbone.fingerprint)
 
     def _measure(self, label: str, config: RunConfig, system: System) -> Columns:
-        assert self._held is not None and self._asked is not None
         held, (questions, answers) = self._held, self._asked
         rows, objective = [*held.chosen, *held.rejected], np.tile(held.objective, 2)
         index = truthful(config, config.experts.names)
@@ -195,9 +199,7 @@ class Comparison:
 
 def _test_keys(config: RunConfig) -> dict[str, Any]:
     """What of ``data`` decides the test rows."""
-    own = ("test", "test_format", "test_fields", "test_split", "test_limit", "format", "fields", "template", "mix")
-    kept = {*own, "on_bad_row"}
-    return {name: json.loads(data.model_dump_json(include=kept)) for name, data in config.data.items()}
+    return {name: json.loads(data.model_dump_json(include=set(TEST_ROWS))) for name, data in config.data.items()}
 
 
 def _training(config: RunConfig) -> dict[str, float]:

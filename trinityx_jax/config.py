@@ -66,6 +66,8 @@ class RunConfig(Section):
                 )
         if len(set(names)) < len(names):
             raise ValueError(f"experts.names: {names} holds a name twice")
+        if mocae.top_k is not None and mocae.top_k > len(names):
+            raise ValueError(f"mocae.top_k: {mocae.top_k} of {len(names)} experts cannot be selected")
         missing = [n for n in names if n not in self.data]
         if missing:
             raise ValueError(f"data: expert {missing[0]!r} has no rows (data.{missing[0]} is not set)")
@@ -211,13 +213,17 @@ def _varied(below: dict[str, Any], variant: dict[str, Any], where: str) -> dict[
     return _layered(below, variant)
 
 
-def hidden(path: str | Path, flag: str) -> bool:
-    """Whether a variant's file has a value of its own for an override (``--key.sub``).
+def shadowed(path: str | Path, flags: Sequence[str]) -> list[str]:
+    """The overrides (``--key.sub``) that a variant's file has a value of its own for, as ``_varied`` layers them.
 
     Raises:
         UserError: the file cannot be read.
     """
-    variant, keys = _read(Path(path)), flag.removeprefix("--").split(".")
+    variant = _read(Path(path))
+    return [flag for flag in flags if _stands_above(variant, flag.removeprefix("--").split("."))]
+
+
+def _stands_above(variant: Mapping[str, Any], keys: Sequence[str]) -> bool:
     if keys[0] == "mocae" and isinstance(variant.get("mocae"), dict) and "preset" in variant["mocae"]:
         return True
     node: Any = variant

@@ -92,21 +92,39 @@ def load_experts(
     Raises:
         UserError: there is no expert, one is damaged or does not fit, or one was trained on another base.
     """
-    if isinstance(path, Mapping):
-        folders = {name: Path(folder) for name, folder in path.items()}
-        for folder in folders.values():
-            if not is_adapter(folder) and not (folder / "expert.json").exists():
-                raise UserError(f"{folder}: holds no expert (no expert.json, no adapter_config.json)")
-    else:
-        folders = expert_folders(Path(path))
     vectors = {}
-    for name, folder in folders.items():
+    for name, folder in source_folders(path).items():
         vectors[name] = load_peft(folder, config, weights_only) if is_adapter(folder) else load_expert(folder)
     for name, vector in vectors.items():
         check_base(f"expert {name!r}", vector.origin.get("base"), fingerprint)
         if config is not None:
             check_fits(vector, config, f"expert {name!r}")
     return vectors
+
+
+def source_folders(source: str | Path | Mapping[str, str]) -> dict[str, Path]:
+    """The folder of each expert of a source (``experts.from``): what a path holds, or one path for each name.
+
+    Raises:
+        UserError: a path holds no expert, or one of a mapping's several.
+    """
+    if isinstance(source, Mapping):
+        return {name: one_expert(path, f"expert {name!r}") for name, path in source.items()}
+    return expert_folders(Path(source))
+
+
+def one_expert(path: str, what: str, known: Iterable[str] = ()) -> Path:
+    """The folder of the only expert or adapter at a path.
+
+    Raises:
+        UserError: it is no folder (nor, so, a name of those ``known``), or holds none or several.
+    """
+    if not Path(path).is_dir():
+        raise UserError(f"{what}: there is no expert {path!r}" + (f" (experts: {', '.join(known)})" if known else ""))
+    found = expert_folders(Path(path))
+    if len(found) > 1:
+        raise UserError(f"{what}: {path} holds several experts ({', '.join(found)}); give the folder of one")
+    return next(iter(found.values()))
 
 
 def expert_folders(path: Path) -> dict[str, Path]:
@@ -131,12 +149,11 @@ def expert_folders(path: Path) -> dict[str, Path]:
 
 def expert_digests(path: str | Path | Mapping[str, str], names: Iterable[str]) -> dict[str, str | None]:
     """A digest of each expert's weights as ``load_experts`` would find them; None of one that is not there."""
-    folders: Mapping[str, Any]
     try:
-        folders = path if isinstance(path, Mapping) else expert_folders(Path(path))
+        folders = source_folders(path)
     except UserError:
         folders = {}
-    return {name: _weights_digest(Path(folders[name])) if name in folders else None for name in names}
+    return {name: _weights_digest(folders[name]) if name in folders else None for name in names}
 
 
 def router_digest(path: str | Path) -> str | None:
@@ -162,14 +179,8 @@ def with_paths(
     """
     out = dict(vectors)
     for name in names:
-        if name in out:
-            continue
-        if not Path(name).is_dir():
-            raise UserError(f"{flag}: there is no expert {name!r} (experts: {', '.join(vectors)})")
-        found = load_experts(name, config=config)
-        if len(found) > 1:
-            raise UserError(f"{flag}: {name} holds several experts ({', '.join(found)}); give the folder of one")
-        out[name] = next(iter(found.values()))
+        if name not in out:
+            (out[name],) = load_experts(one_expert(name, flag, vectors), config=config).values()
     return out
 
 

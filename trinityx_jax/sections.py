@@ -51,6 +51,7 @@ class ExpertsConfig(Section):
 
 
 TEST_KEYS = ("test", "test_format", "test_fields", "test_split", "test_limit")  # keys of ``data.NAME``
+TEST_ROWS = (*TEST_KEYS, "format", "fields", "template", "mix", "on_bad_row")  # all that decides the test rows
 UNSEEN = ("unseen", "unseen_format", "unseen_fields", "unseen_split", "unseen_limit")
 
 

@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trinityx_jax.config import NAME, SCRATCH, RunConfig, hidden, load_config
+from trinityx_jax.config import NAME, SCRATCH, RunConfig, load_config, shadowed
 from trinityx_jax.errors import UserError
-from trinityx_jax.runs import expert_folders
-from trinityx_jax.sections import TEST_KEYS
+from trinityx_jax.runs import one_expert, source_folders
+from trinityx_jax.sections import TEST_ROWS
 
 log = logging.getLogger(__name__)
-FROM = ("experts", ["from"])
 SEED = "{seed}"  # in experts.from, system.expert and router.from: the variant's seed
 
 
@@ -44,8 +43,9 @@ def file_variants(
         Variant(label, _seeded(path, overrides, Path(out) / label, seeds, file))
         for label, file in zip(labels, files, strict=True)
     ]
+    above = {label: shadowed(file, overrides[::2]) for label, file in zip(labels, files, strict=True)}
     for flag in overrides[::2]:
-        own = [variant.label for variant, file in zip(found, files, strict=True) if hidden(file, flag)]
+        own = [label for label, flags in above.items() if flag in flags]
         if all(v.label in own or idle(v.configs[0], flag) for v in found):
             raise UserError(f"{flag}: has no effect, every variant has its own value, or no use for one; remove it")
         if own:
@@ -83,10 +83,10 @@ def idle(config: RunConfig, flag: str) -> bool:
     if kind == "mocae":
         return False
     if section == "data" and len(keys) > 1:
-        return keys[1] not in (*TEST_KEYS, "format", "fields", "template", "mix", "on_bad_row")
+        return keys[1] not in TEST_ROWS
     if section == "train":
         return keys not in ([], ["seq_len"])  # to which test rows are cut
-    return section in ("mocae", "router", "checkpoint", "seed") or (kind == "base" and (section, keys) == FROM)
+    return section in ("mocae", "router", "checkpoint", "seed") or (kind == "base" and flag == "--experts.from")
 
 
 def _seeded(
@@ -126,23 +126,12 @@ def check_experts(config: RunConfig) -> None:
         return
     if source is None or source == SCRATCH:
         raise UserError("experts.from: name the run, or the folders, that all variants take their experts from")
-    for name, folder in source.items() if isinstance(source, dict) else ():
-        _one_expert(folder, f"experts.from.{name}")
-    found = source if isinstance(source, dict) else expert_folders(Path(source))
-    alone = config.system.expert
+    found, alone = source_folders(source), config.system.expert
     if alone is not None and alone not in found:
-        if not Path(alone).is_dir():
-            raise UserError(f"{config.out}: system.expert: there is no expert {alone!r} (experts: {', '.join(found)})")
-        _one_expert(alone, "system.expert")
+        one_expert(alone, "system.expert", found)
     for name in config.system.weights or ():
         if name not in names:
             raise UserError(f"{config.out}: system.weights: {name!r} is not one of {', '.join(names)}")
     missing = [name for name in names if name not in found and kind != "expert"]
     if missing:
         raise UserError(f"{config.out}: experts.from: holds no expert {missing[0]!r} (it has {', '.join(found)})")
-
-
-def _one_expert(folder: str, what: str) -> None:
-    found = expert_folders(Path(folder))
-    if len(found) > 1 or Path(next(iter(found.values()))) != Path(folder):
-        raise UserError(f"{what}: {folder} holds several experts ({', '.join(found)}); give the folder of one")

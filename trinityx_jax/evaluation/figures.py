@@ -178,23 +178,23 @@ def routing_map(
 
 
 @matplotlib.rc_context(STYLE)
-def reliability(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def reliability(measured: Mapping[str, Sequence[Mapping[str, Any]]], before: str | None = None) -> str:
     """Reliability diagram: accuracy against confidence in each bin, and below it how many rows a bin holds.
 
-    measured: the bins (``metrics.reliability``) of up to three curves by their labels.
+    measured: the bins (``metrics.reliability``) of up to three curves by their labels; ``before`` is the grey one.
     """
     curves = {label: _filled(bins) for label, bins in measured.items()}
     if not any(curves.values()):
         return ""
     share = 0.84 / len(curves)  # of a bin's width, each curve's bar
-    styles = [(NEUTRAL[1], "s"), (PALETTE[0], "o"), (PALETTE[1], "^")]
-    styles = styles[0 if "before" in next(iter(curves)) else 1 :]
+    bright = zip(PALETTE, "o^v", strict=False)
+    styles = {label: (NEUTRAL[1], "s") if label == before else next(bright) for label in curves}
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     top.plot([0, 1], [0, 1], color="#AAAAAA", linewidth=0.9, linestyle=(0, (4, 3)))
     top.annotate("perfectly calibrated", (0.1, 0.01), color="#777777", fontsize=8)
     for place, (label, bins) in enumerate(curves.items()):
-        colour, marker = styles[place]
+        colour, marker = styles[label]
         points = [(finite(b.get("confidence")), finite(b.get("accuracy"))) for b in bins]
         if bins:  # a bin of few rows is a small mark: its accuracy says little
             x, y = zip(*points, strict=True)

@@ -254,7 +254,7 @@ def _figures(results: Json, metrics: Sequence[Json]) -> dict[str, Markup]:
         "perplexity": figures.perplexity_bars(results),
         "losses": figures.loss_curves(metrics, experts),
         "map": figures.routing_map(layers, experts, _union([o for o in _objectives(results) if o in layers], layers)),
-        "reliability": figures.reliability(curves),
+        "reliability": figures.reliability(curves, before=CURVES[0]),
     }
     return {name: Markup(svg) for name, svg in drawn.items()}
 

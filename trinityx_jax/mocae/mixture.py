@@ -34,7 +34,7 @@ def mixture(
 
     Args:
         mlp: the layer's base weights ``gate``, ``up``, ``down``.
-        experts: this layer's slice of the stacked experts, or of what ``ready`` makes of them.
+        experts: this layer's slice of the stacked experts, or of what ``laid_out`` makes of them.
         u: [B,S,D]. alpha: [B,S,E] in float32.
         anchored: FFN_0 + sum_i alpha_i (FFN_{T_i} - FFN_0) instead.
 
@@ -66,7 +66,7 @@ def _low(site: lora.Site, u: jax.Array, dtype: Any) -> jax.Array:
     return low.reshape(*u.shape[:-1], *site["b"].shape[:2]) * site["scale"].astype(u.dtype)[:, None]
 
 
-def ready(experts: lora.Experts, narrow: Any, mixing: str = "outputs") -> lora.Experts:
+def laid_out(experts: lora.Experts, narrow: Any, mixing: str = "outputs") -> lora.Experts:
     """The stacked experts as a model that runs many times wants them: cast as the products do, and turned once.
 
     narrow: dtype of the base's kernels. Of a site that all experts see the same input of, ``a`` is [L,in,E·R].

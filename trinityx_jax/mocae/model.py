@@ -29,7 +29,7 @@ def prepared(base: Mapping[str, Any], experts: Experts, router: Router | None) -
     if router is not None and mixing == "full":
         return Prepared(mixture.full_experts(base["blocks"], own, len(router.names)), attention)
     kernel = base["blocks"]["gate"]["kernel"].dtype
-    return Prepared(mixture.ready(own, jnp.bfloat16 if kernel == jnp.uint16 else kernel, mixing), attention)
+    return Prepared(mixture.laid_out(own, jnp.bfloat16 if kernel == jnp.uint16 else kernel, mixing), attention)
 
 
 def hidden_states(

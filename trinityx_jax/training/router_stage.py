@@ -156,8 +156,6 @@ def _check(config: RunConfig, vectors: Mapping[str, TaskVector]) -> dict[str, Ta
             "mocae.train_experts: would replace the experts that this run holds; choose another --out, and name "
             "their run in experts.from"
         )
-    if mocae.top_k is not None and mocae.top_k > len(names):
-        raise UserError(f"mocae.top_k: {mocae.top_k} of {len(names)} experts cannot be selected")
     if mocae.routing == "uniform" and config.router.source is not None:
         raise UserError("router.from: has no effect where mocae.routing is uniform; remove it")
     return own
