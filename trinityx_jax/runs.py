@@ -230,6 +230,8 @@ def load_router(path: str | Path, fingerprint: str | None = None) -> Router:
         mocae, names = MoCaEConfig(**info["mocae"]), tuple(info["names"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / 'router.json'}: not a router's description ({error})") from error
+    if set(parts["pool"]) - {"row_sharpness", "prompt_sharpness"}:
+        raise UserError(f"{path / 'router.safetensors'}: its pool is an older version's; train the router anew")
     return Router(**arrays, **parts, config=mocae, names=names)
 
 

@@ -276,12 +276,7 @@ def test_a_row_s_calibrated_probabilities(tmp_path, modules_cache):
 
     backbone = make_backbone()
     router = make_router(backbone.config, MoCaEConfig())
-    with_pool = router.replace(
-        pool={
-            "row_sharpness": jnp.float32(3.0), "row_bias": jnp.asarray([0.1, -0.2, 0.1]),
-            "prompt_sharpness": jnp.float32(5.0), "prompt_bias": jnp.asarray([-0.3, 0.3, 0.0]),
-        }
-    )  # fmt: skip
+    with_pool = router.replace(pool={"row_sharpness": jnp.float32(3.0), "prompt_sharpness": jnp.float32(5.0)})
     model = load(export.export_mocae(backbone, make_vectors(backbone.config), with_pool, tmp_path / "out"))
     tokens, mask = batch()
     routing = run_torch(model, tokens, mask, output_routing=True).routing

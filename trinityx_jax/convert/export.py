@@ -306,10 +306,7 @@ def _pool(router: Router) -> dict[str, Any] | None:
     """What makes a row's mean routing its probabilities, by kind of row; None of a router without."""
     if not router.pool:
         return None
-    return {
-        kind: {key: np.asarray(router.pool[f"{kind}_{key}"]).tolist() for key in ("sharpness", "bias")}
-        for kind in ("row", "prompt")
-    }
+    return {kind: float(router.pool[f"{kind}_sharpness"]) for kind in ("row", "prompt")}
 
 
 def _write_companions(folder: Path, base: Source) -> None:

@@ -38,19 +38,19 @@ def row_means(pi: list[np.ndarray]) -> np.ndarray:
     return np.stack([own.mean(axis=(0, 1)) for own in pi])
 
 
-def pooled(means: np.ndarray, sharpness: float, bias: np.ndarray) -> np.ndarray:
-    """A row's probabilities from its mean pi [N,E]: softmax(sharpness log mean + bias).
+def pooled(means: np.ndarray, sharpness: float) -> np.ndarray:
+    """A row's probabilities from its mean pi [N,E]: softmax(sharpness log mean).
 
     A mean of calibrated forecasts is under-confident (Ranjan and Gneiting, 2010): tokens that cannot know the
-    objective yet count as much as those that do. This undoes it; a router's ``pool`` holds the two.
+    objective yet count as much as those that do. This undoes it, and never changes which expert is the likeliest; a
+    router's ``pool`` holds it.
     """
-    return softmax(sharpness * np.log(np.maximum(means, SMALLEST)) + bias)
+    return softmax(sharpness * np.log(np.maximum(means, SMALLEST)))
 
 
 def pooled_rows(router: Router, means: np.ndarray, kind: str) -> np.ndarray:
     """``pooled`` by a router's pool for whole rows or for prompts (``kind``: row, prompt)."""
-    bias = np.asarray(router.pool[f"{kind}_bias"], np.float64)
-    return pooled(means, float(router.pool[f"{kind}_sharpness"]), bias)
+    return pooled(means, float(router.pool[f"{kind}_sharpness"]))
 
 
 def calibrated(router: Router, temperature: np.ndarray, bias: np.ndarray, kind: str) -> Router:

@@ -92,8 +92,8 @@ def calibrate(
     pool: dict[str, jax.Array] = {}
     for name in ("row", "prompt"):  # a causal model routes a prompt as it does a row's beginning
         ends = [row.prompt_length if name == "prompt" else len(row.ids) for row in rows]
-        own_sharpness, bias = fit_pool([own[:end] for own, end in zip(z, ends, strict=True)], targets, found)
-        pool |= {f"{name}_sharpness": jnp.float32(own_sharpness), f"{name}_bias": jnp.asarray(bias, jnp.float32)}
+        cut = [own[:end] for own, end in zip(z, ends, strict=True)]
+        pool[f"{name}_sharpness"] = jnp.float32(fit_pool(cut, targets, found))
     return dataclasses.replace(found, pool=pool)
 
 
@@ -146,21 +146,21 @@ def _fit_one(
     return (np.full(count, found[0]), np.zeros(count)) if tied else (found[:count], found[count:])
 
 
-def fit_pool(z: Sequence[np.ndarray], targets: Sequence[Target], router: Router) -> tuple[float, np.ndarray]:
-    """Sharpness [] and bias [E] that make a row's mean pi its probabilities (``mocae.calibration.pooled``)."""
+def fit_pool(z: Sequence[np.ndarray], targets: Sequence[Target], router: Router) -> float:
+    """The sharpness that makes a row's mean pi its probabilities (``mocae.calibration.pooled``).
+
+    No bias for each expert: it would learn how the calibration rows' kind of prompt leans, which another file of the
+    same objective does not.
+    """
     pi = [numpy_probabilities(own, np.asarray(router.temperature), router.config.top_k) for own in z]
     means = np.log(np.maximum(row_means(pi), SMALLEST))
     q = np.stack([np.broadcast_to(t.q, (len(t.counts), t.q.shape[-1]))[t.counts].mean(axis=0) for t in targets])
-    count, weight = q.shape[1], np.asarray([t.weight for t in targets])[:, None]
+    weight = np.asarray([t.weight for t in targets])[:, None]
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
-        p = softmax(x[0] * means + x[1:])
-        slope = (p - q) * weight
-        value = -np.sum(weight * q * np.log(p + 1e-20)) + 0.5 * np.mean(x[1:] ** 2) / len(q)
-        return float(value), np.concatenate([[np.sum(slope * means)], slope.sum(axis=0) + x[1:] / count / len(q)])
+        p = softmax(x[0] * means)
+        return float(-np.sum(weight * q * np.log(p + 1e-20))), np.asarray([np.sum((p - q) * weight * means)])
 
-    ends = (np.full(count + 1, -np.inf), np.full(count + 1, np.inf))
-    ends[0][0], ends[1][0] = LEAST, 100.0
-    start = np.concatenate([[1.0], np.zeros(count)])
-    x = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=Bounds(*ends), options={"maxiter": 500}).x
-    return float(x[0]), x[1:]
+    bounds = Bounds(np.asarray([LEAST]), np.asarray([100.0]))
+    found = minimize(loss, np.ones(1), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 500})
+    return float(found.x[0])

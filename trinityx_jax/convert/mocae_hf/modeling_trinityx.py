@@ -57,7 +57,7 @@ class TrinityXReadings:
     mixture_mixing: "outputs" of the experts, or "weights": their deltas inside each projection.
     mixture_output: "prenorm" h + y; "layernorm" LN(h + y); "gated" h + y + g (LN(h + y) - (h + y)).
     mixture_dropout: on the mixture's output, in training only.
-    router_pool: {"row": {"sharpness": w, "bias": [E]}, "prompt": ...}, which make a row's mean pi its probabilities.
+    router_pool: {"row": w, "prompt": w}, the sharpness that makes a row's mean pi its probabilities.
 
     Raises:
         ValueError: a reading is not one of its choices, or the experts are not described.
@@ -305,10 +305,9 @@ class TrinityXHead:
             raise ValueError("the router was not calibrated: config.json has no router_pool")
         if kind not in self.config.router_pool:
             raise ValueError(f"kind {kind!r} is not one of {', '.join(self.config.router_pool)}")
-        pool, real = self.config.router_pool[kind], mask.to(routing)
+        real = mask.to(routing)
         mean = torch.einsum("bse,bs->be", routing.mean(dim=2), real) / real.sum(dim=1, keepdim=True)
-        bias = torch.tensor(pool["bias"]).to(mean)
-        return (pool["sharpness"] * mean.clamp_min(1e-4).log() + bias).softmax(dim=-1)
+        return (self.config.router_pool[kind] * mean.clamp_min(1e-4).log()).softmax(dim=-1)
 
 
 class TrinityXLlamaConfig(TrinityXReadings, LlamaConfig):
