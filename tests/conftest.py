@@ -165,7 +165,7 @@ def tiny_config(tiny_model: Path) -> Path:
     """A stage 1 configuration; ``router.yaml`` beside it is stage 2's."""
     head = f"model: {tiny_model}\nout: {tiny_model.parent / 'run'}\n"
     (tiny_model.parent / "experts.yaml").write_text(head + "experts: {rank: 4, alpha: 8, dropout: 0.1}" + DATA)
-    (tiny_model.parent / "router.yaml").write_text(head + DATA)
+    (tiny_model.parent / "router.yaml").write_text(head + DATA + "mocae: {calibration: temperature}\n")
     return tiny_model.parent / "experts.yaml"
 
 

@@ -49,7 +49,8 @@ def compared(router_config: Path, tmp_path_factory: Any) -> tuple[Path, list[str
     """A comparison of six systems, and the command that made it."""
     out = tmp_path_factory.mktemp("out")
     files = [BASELINES / f"{name}.yaml" for name in ("base", "honest", "naive-merge", "oracle", "uniform")]
-    command = ["compare", str(router_config), *map(str, [*files, ABLATIONS / "recommended.yaml"]), "--out", str(out)]
+    files.append(ABLATIONS / "mocae-gl-rl.yaml")
+    command = ["compare", str(router_config), *map(str, files), "--out", str(out)]
     assert cli.main(command) == 0
     return out, command
 
@@ -57,13 +58,13 @@ def compared(router_config: Path, tmp_path_factory: Any) -> tuple[Path, list[str
 def test_numbers_are_those_of_the_run_s_own_evaluation(
     compared: Any, tiny_run: Path, router_config: Path, tmp_path: Path
 ) -> None:
-    """The run and the variant ``recommended`` have one configuration, so they are one model."""
+    """The run and the variant ``mocae-gl-rl`` have one configuration, so they are one model."""
     found = json.loads((compared[0] / "comparison.json").read_text())
     asked = ["--evaluate.multiple_choice", str(router_config.with_name("mc.json"))]
     asked += ["--evaluate.multiple_choice_prompt", "template", "--evaluate.bootstrap", "100"]
     assert cli.main(["evaluate", str(tiny_run), "--out", str(tmp_path), *asked]) == 0
     own = json.loads((tmp_path / "results.json").read_text())
-    same = {"base": "base", "honest": "honest", "naive-merge": "naive merge", "recommended": "MoCaE"}
+    same = {"base": "base", "honest": "honest", "naive-merge": "naive merge", "mocae-gl-rl": "MoCaE"}
     for label, system in same.items():
         for measure in ("mc1", "mc2"):
             mine, theirs = found["systems"][label][measure], own[measure][system]["honest"]
@@ -86,10 +87,10 @@ def test_numbers_are_those_of_the_run_s_own_evaluation(
         best = own["perplexity"][name][name]["value"]
         np.testing.assert_allclose(found["systems"]["oracle"]["perplexity"][name]["value"], best, rtol=1e-5)
         # a difference of two numbers near 7.6 in float32
-        np.testing.assert_allclose(found["difference"]["recommended"]["base"][name]["value"],
+        np.testing.assert_allclose(found["difference"]["mocae-gl-rl"]["base"][name]["value"],
                                    own["difference"]["MoCaE"][name]["value"], atol=1e-5)  # fmt: skip
-    routing, theirs = found["systems"]["recommended"]["routing"]["row mean"], own["routing"]["held-out rows"]
-    calibrated = found["systems"]["recommended"]["routing"]["row"]
+    routing, theirs = found["systems"]["mocae-gl-rl"]["routing"]["row mean"], own["routing"]["held-out rows"]
+    calibrated = found["systems"]["mocae-gl-rl"]["routing"]["row"]
     for metric in ("accuracy", "ece15", "brier"):
         np.testing.assert_allclose(routing[metric]["value"], theirs[metric]["value"], rtol=1e-4)
         expected = own["routing"]["held-out rows, calibrated"][metric]["value"]
@@ -98,7 +99,7 @@ def test_numbers_are_those_of_the_run_s_own_evaluation(
     np.testing.assert_allclose(uniform["routing"]["row mean"]["brier"]["value"], 2 / 3, rtol=1e-6)
     assert uniform["cost"]["forward"] > 0
     assert found["systems"]["base"]["cost"]["memory"] == 1
-    spent = found["systems"]["recommended"]["cost"]
+    spent = found["systems"]["mocae-gl-rl"]["cost"]
     assert spent["experts_steps"] == 3
     assert spent["router_seconds"] > 0
     assert "router_seconds" not in found["systems"]["honest"]["cost"]
@@ -118,7 +119,7 @@ def test_what_is_done_is_not_done_again(compared: Any, capsys: Any, monkeypatch:
     assert cli.main(command) == 0
     assert (out / "comparison.json").read_bytes() == first
     table = capsys.readouterr().out
-    assert "recommended" in table
+    assert "mocae-gl-rl" in table
     assert "Log perplexity less that of base" in table
     assert (out / "comparison.md").read_text().count("| oracle |") == 2 + len(NAMES)
 
@@ -207,7 +208,7 @@ def test_an_expert_in_a_folder_is_measured_again_when_it_changes(
         (["compare", "CONFIG", "RECOMMENDED", "--experts.from", "nowhere"], "nowhere: holds no expert"),
         (["compare", "CONFIG", "FOREIGN"], "system.expert: there is no expert"),
         (["compare", "CONFIG", "SEVERAL"], "system.expert: RUN holds several experts"),
-        (["compare", "CONFIG", "MAPPED"], "experts.from.helpful: RUN holds several experts"),
+        (["compare", "CONFIG", "MAPPED"], "expert 'helpful': RUN holds several experts"),
         (["compare", "CONFIG", "BASE", "--checkpoint.every", "3"], "--checkpoint.every: has no effect"),
         (
             ["compare", "CONFIG", "BASE", "--data.honest.limit", "3"],

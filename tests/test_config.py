@@ -168,7 +168,7 @@ def test_bad_files(tmp_path: Path, content: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("stage", "overrides", "key"),
     [
-        ("experts", ["--mocae.top_k", "2"], "mocae"),
+        ("experts", ["--mocae.top_k", "1"], "mocae"),
         ("experts", ["--experts.from", "runs/x"], r"experts\.from"),
         ("router", ["--experts.rank", "4"], r"experts\.rank"),
         ("router", ["--train.mode", "single"], r"train\.mode"),

@@ -67,7 +67,8 @@ def calibrate_run(
     ``calibration/results.json`` and the reliability diagrams.
 
     Args:
-        kind: what is fitted (see ``training.calibration.calibrate``); None is the router's ``mocae.calibration``.
+        kind: what is fitted (see ``training.calibration.calibrate``); None is the router's ``mocae.calibration``,
+            or ``temperature`` where that is none.
         to: the objective's id, or the experts' losses by ``row`` or ``token``.
         overrides: ``--key.sub``, value, ... of test rows, unseen rows and of ``evaluate``.
 
@@ -83,9 +84,8 @@ def calibrate_run(
     check_overrides(overrides, None, calibration=True)
     run = open_run(path)
     start = _as_trained(run)
-    kind, names = kind or start.config.calibration, start.names
-    if kind == "none":
-        raise UserError("--fit: mocae.calibration is none; say what to fit: temperature, expert or layer")
+    own, names = start.config.calibration, start.names
+    kind = kind or ("temperature" if own == "none" else own)
     file = run.folder.path / "config-router.yaml"
     plain, config = load_config(file), load_config(file, overrides)  # other test rows change no training row
     held = load_held_out(config, names, run.backbone)

@@ -111,7 +111,7 @@ def train_experts(config: Positional[str], overrides: Suppress[Sequence[str]] = 
 
 
 def train_router(config: Positional[str], overrides: Suppress[Sequence[str]] = ()) -> int:
-    """Stage 2: gamma, the router, its temperature. Any key can be overridden: --mocae.top_k 2.
+    """Stage 2: gamma, the router, its calibration. Any key can be overridden: --mocae.top_k 2.
 
     Args:
         config: YAML file (see configs/); experts.from names the run or folder the experts come from.

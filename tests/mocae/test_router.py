@@ -93,15 +93,14 @@ def test_presets_are_the_ones_of_the_method() -> None:
         "kl": "step", "lambda_entropy": 0.1, "lambda_kl": 0.01, "lambda_gate": 0.1, "train_gamma": False,
         "train_norm": False, "attention_deltas": None, "gamma_reference": None, "gamma_floor": None,
         "gamma_dynamic": False, "routing": "learned", "router_bias": True, "lambda_balance": 0.0, "lambda_norm": 0.0,
-        "train_experts": False, "calibration": "temperature",
+        "train_experts": False, "calibration": "none",
     }  # fmt: skip
     literal = {
         "router_scope": "shared", "weight": "product", "output": "layernorm", "gamma_similarity": "inner",
-        "entropy": "token_literal", "lambda_gate": 0.0, "train_norm": True, "calibration": "none",
+        "entropy": "token_literal", "lambda_gate": 0.0, "train_norm": True,
     }  # fmt: skip
     plain = {
         "temperature": 1.0, "gamma_similarity": "uniform", "lambda_entropy": 0.0, "lambda_kl": 0.0, "lambda_gate": 0.0,
-        "calibration": "none",
     }  # fmt: skip
     top_2 = plain | {"top_k": 2, "router_bias": False, "train_experts": True}
     expected = {

@@ -22,6 +22,7 @@ from trinityx_jax.runs import load_experts, load_router, load_trained_router, op
 from trinityx_jax.training.router_stage import router_done, stage_experts, train_router
 
 NAMES = ("helpful", "harmless", "honest")
+AS_TRAINED = ("--mocae.calibration", "none")
 
 
 def configure(tiny_config: Path, out: Path, *flags: str) -> RunConfig:
@@ -178,7 +179,7 @@ def test_a_router_is_trained_again_when_that_is_said(
     capsys.readouterr()
     assert cli.main([*command, "--train.steps", "2", "--train.anew", "true"]) == 0
     assert "done before" in capsys.readouterr().out  # with the same settings there is nothing to train
-    quiet = ["--train.steps", "2", "--mocae.preset", "uniform", "--train.anew", "true"]
+    quiet = ["--train.steps", "2", "--mocae.preset", "uniform", *AS_TRAINED, "--train.anew", "true"]
     assert cli.main([*command, *quiet]) == 0  # nothing of the learned router is left to start another from
     assert not np.any(np.asarray(load_trained_router(out).kernel))
     alone = configure(tiny_config, tmp_path / "alone", "--experts.from", str(tiny_run), "--train.steps", "2")
@@ -192,7 +193,10 @@ def test_a_router_is_trained_again_when_that_is_said(
         (("--experts.from", "scratch"), "new experts add nothing to the base until they are trained"),
         (("--train.experts_learning_rate", "1e-3"), "has no effect without mocae.train_experts"),
         (("--experts.rank", "3"), "experts.rank: this key has no effect on stage 'router'"),
-        (("--router.from", "RUN", "--mocae.preset", "uniform"), "has no effect where mocae.routing is uniform"),
+        (
+            ("--router.from", "RUN", "--mocae.preset", "uniform", *AS_TRAINED),
+            "has no effect where mocae.routing is uniform",
+        ),
         (("--router.from", "RUN", "--mocae.router_scope", "shared"), "router_scope or mocae.output differ"),
         (("--router.from", "nowhere"), "holds no router"),
     ],

@@ -27,7 +27,7 @@ def calibrate(
     Args:
         run: run folder.
         fit: one temperature; a temperature and a bias for each expert; or for each expert in each layer. By default
-            what the configuration says (mocae.calibration).
+            what the configuration says (mocae.calibration), or one temperature where that is none.
         to: what is fitted to: the objective a row is of (the default), or the experts' losses on a row or token.
     """
     from trinityx_jax.calibrate import calibrate_run, calibration_tables

@@ -60,7 +60,7 @@ class MoCaEConfig:
     train_gamma: bool = False
     train_norm: bool = False
     attention_deltas: str | None = None  # of experts that hold some (METHOD 1); None raises
-    calibration: str = "temperature"  # what is fitted on held-out rows after training
+    calibration: str = "none"  # of the tokens' weights, after training; the reading of rows always is calibrated
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -128,13 +128,10 @@ PRESETS: dict[str, MoCaEConfig] = {
         entropy="token_literal",
         lambda_gate=0.0,
         train_norm=True,
-        calibration="none",
     ),
 }
 # Baselines (METHOD 7): softmax routing at temperature 1, no gamma, and no loss but those that they name.
-_PLAIN = MoCaEConfig(
-    temperature=1.0, gamma_similarity="uniform", lambda_entropy=0.0, lambda_kl=0.0, lambda_gate=0.0, calibration="none"
-)
+_PLAIN = MoCaEConfig(temperature=1.0, gamma_similarity="uniform", lambda_entropy=0.0, lambda_kl=0.0, lambda_gate=0.0)
 PRESETS |= {
     "uniform": dataclasses.replace(_PLAIN, routing="uniform"),
     "h3fusion": dataclasses.replace(
