@@ -170,6 +170,11 @@ def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(run: Pa
     assert (found["fit"], found["to"]) == ("temperature", "objective")
     assert again.config == stage_2.config
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), again, stage_2)
+    assert cli.main(["calibrate", str(run), "--fit", "none"]) == 0
+    plain, start = tx.load_router(run), tx.load_router(run / "router-uncalibrated")
+    for field in ("kernel", "bias", "gamma", "temperature"):
+        np.testing.assert_array_equal(getattr(plain, field), getattr(start, field))
+    assert (plain.config, list(plain.pool)) == (start.config, ["row_sharpness", "prompt_sharpness"])
     for key in ("temperature", "routing"):  # both were measured against the same router
         assert before_of(begun[key]) == before_of(found[key])
     assert (run / "router-uncalibrated" / "router.safetensors").read_bytes() == uncalibrated

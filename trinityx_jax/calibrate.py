@@ -34,7 +34,7 @@ from trinityx_jax.training.rows import USES, load_parts, load_training_rows
 
 log = logging.getLogger(__name__)
 TARGETS = ("objective", "row", "token")
-KINDS = ("temperature", "expert", "layer")
+KINDS = ("none", "temperature", "expert", "layer")
 SHOWN = {
     "accuracy": "accuracy",
     "ece15": "ECE 15",
@@ -67,8 +67,8 @@ def calibrate_run(
     ``calibration/results.json`` and the reliability diagrams.
 
     Args:
-        kind: what is fitted (see ``training.calibration.calibrate``); None is the router's ``mocae.calibration``,
-            or ``temperature`` where that is none.
+        kind: what is fitted of the tokens' weights (see ``training.calibration.calibrate``); None is the router's
+            ``mocae.calibration``, or ``temperature`` where that is none.
         to: the objective's id, or the experts' losses by ``row`` or ``token``.
         overrides: ``--key.sub``, value, ... of test rows, unseen rows and of ``evaluate``.
 
@@ -78,14 +78,12 @@ def calibrate_run(
     Raises:
         UserError: the run has no router or names no test rows; a switch has no such value.
     """
-    for flag, value, known in (("--fit", kind, KINDS), ("--to", to, TARGETS)):
-        if value is not None and value not in known:
-            raise UserError(f"{flag}: {value!r} is not one of {', '.join(known)}")
-    check_overrides(overrides, None, calibration=True)
+    _check_options(kind, to, overrides)
     run = open_run(path)
     start = _as_trained(run)
-    own, names = start.config.calibration, start.names
-    kind = kind or ("temperature" if own == "none" else own)
+    names = start.names
+    if kind is None:
+        kind = "temperature" if start.config.calibration == "none" else start.config.calibration
     file = run.folder.path / "config-router.yaml"
     plain, config = load_config(file), load_config(file, overrides)  # other test rows change no training row
     held = load_held_out(config, names, run.backbone)
@@ -113,6 +111,13 @@ def calibrate_run(
     }
     _save(run, start, after, results)
     return results
+
+
+def _check_options(kind: str | None, to: str, overrides: Sequence[str]) -> None:
+    for flag, value, known in (("--fit", kind, KINDS), ("--to", to, TARGETS)):
+        if value is not None and value not in known:
+            raise UserError(f"{flag}: {value!r} is not one of {', '.join(known)}")
+    check_overrides(overrides, None, calibration=True)
 
 
 def _answers(config: RunConfig, run: OpenRun, routers: dict[str, Router], held: HeldOut) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from trinityx_jax.errors import UserError
 def calibrate(
     run: Positional[str],
     overrides: Suppress[Sequence[str]] = (),
-    fit: Literal["temperature", "expert", "layer"] | None = None,
+    fit: Literal["none", "temperature", "expert", "layer"] | None = None,
     to: Literal["objective", "row", "token"] | None = None,
 ) -> int:
     """Fit the router's temperatures and biases on held-out rows; ECE, Brier, NLL and accuracy before and after.
@@ -26,8 +26,9 @@ def calibrate(
 
     Args:
         run: run folder.
-        fit: one temperature; a temperature and a bias for each expert; or for each expert in each layer. By default
-            what the configuration says (mocae.calibration), or one temperature where that is none.
+        fit: of the tokens' weights, one temperature; a temperature and a bias for each expert; for each expert in each
+            layer; or none: as training left them, the reading of rows alone. By default what the configuration says
+            (mocae.calibration), or one temperature where that is none.
         to: what is fitted to: the objective a row is of (the default), or the experts' losses on a row or token.
     """
     from trinityx_jax.calibrate import calibrate_run, calibration_tables
