@@ -148,7 +148,7 @@ class Comparison:
             return list(kept["answers"])
         with progress(f"{label}, answers", 1) as bar:
             found = system().answer(prompts, [name for name, _ in chosen], **options)
-            bar.advance("answers")
+            bar.advance("batches of answers")
         write_json(store, {"made_of": made_of, "answers": found})
         return found
 
@@ -172,7 +172,7 @@ class Comparison:
         rows, objective = [*held.chosen, *held.rejected], np.tile(held.objective, 2)
         index = truthful(config, config.experts.names)
         with progress(label, system.scorer.batches(rows) + system.scorer.continuation_batches(answers)) as bar:
-            scores = system.score(rows, objective, on_batch=lambda: bar.advance("rows"))
+            scores = system.score(rows, objective, on_batch=lambda: bar.advance("batches of rows"))
             found = {"nll": scores.nll, "tokens": scores.tokens, "objective": held.objective}
             if system.router is not None:
                 means = np.stack([pi.mean(axis=0) for pi in scores.token_pi[: len(held.chosen)]])
@@ -180,7 +180,7 @@ class Comparison:
                 if system.router.pool:
                     found["pooled_pi"] = pooled_rows(system.router, means, "row")
             if questions:
-                nll = system.score_choices(answers, index or 0, on_batch=lambda: bar.advance("answers"))
+                nll = system.score_choices(answers, index or 0, on_batch=lambda: bar.advance("batches of answers"))
                 found["mc1"], found["mc2"] = measures(questions, nll)
         return Columns(found, cost(system, self._base_system(config), held.chosen))
 
