@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trinityx_jax.data.batching import Batch, RowOrder, TrainingBatches, bucket, evaluation_batches, make_batch
+from trinityx_jax.data.batching import Batch, RowOrder, TrainingBatches, bucket, evaluation_batches, joined, make_batch
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 
@@ -170,6 +170,48 @@ def test_where_and_labels_are_exactly_the_answers(rows: list[Encoded | None], pa
     assert {k: v.dtype for k, v in batch.arrays().items()} == {
         "tokens": np.int32, "mask": bool, "where": np.int32, "labels": np.int32, "valid": bool, "objective": np.int32,
     }  # fmt: skip
+
+
+@given(rows_strategy.filter(any), st.integers(80, 300))
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_joined_rows_are_the_same_rows_in_fewer_positions(rows: list[Encoded | None], longest: int) -> None:
+    objective = [i % 3 for i in range(len(rows))]
+    batch, plain = joined(rows, objective, EOS, longest), make_batch(rows, objective, EOS)
+    assert batch.objective.tolist() == objective
+    assert batch.tokens.size <= 1.1 * plain.tokens.size
+    assert len(batch.where) == len(batch.labels) == len(batch.valid) == batch.tokens.size
+    flat, where, labels = batch.mask.ravel(), batch.where[batch.valid], batch.labels[batch.valid]
+    assert set(flat[flat > 0]) == {i + 1 for i, r in enumerate(rows) if r is not None}
+    for number, r in enumerate(rows, 1):
+        place = np.flatnonzero(flat == number)
+        if r is None:
+            continue
+        assert place.tolist() == list(range(place[0], place[0] + len(r.ids)))
+        assert place[0] // batch.tokens.shape[1] == place[-1] // batch.tokens.shape[1]  # in one slot
+        assert batch.tokens.ravel()[place].tolist() == r.ids.tolist()
+        own = flat[where] == number
+        assert labels[own].tolist() == r.ids[r.prompt_length :].tolist()
+        assert batch.tokens.ravel()[where[own] + 1].tolist() == labels[own].tolist()
+    assert np.all(batch.tokens.ravel()[flat == 0] == EOS)
+    assert len(where) == sum(len(r.ids) - r.prompt_length for r in rows if r is not None)
+
+
+def test_joining_changes_no_batch_s_rows_and_few_shapes_are_made() -> None:
+    draw = np.random.default_rng(1)
+    sizes = {"long": (40, 200), "mixed": (5, 250), "short": (5, 30)}
+    rows = {n: [row(100 * k + i, *draw.integers(*own, 2) // 2 + 1) for i in range(60)]
+            for k, (n, own) in enumerate(sizes.items())}  # fmt: skip
+    apart, together = (TrainingBatches(rows, 4, EOS, seed=0, join=join) for join in (False, True))
+    shapes, before, after = set(), 0, 0
+    for k in range(60):
+        one, other = apart[k], together[k]
+        firsts = other.tokens[(other.mask > 0) & (np.diff(other.mask, axis=1, prepend=0) != 0)]
+        assert sorted(firsts.tolist()) == sorted(served(one))
+        assert other.objective.tolist() == one.objective.tolist()
+        shapes.add(other.tokens.shape)
+        before, after = before + one.tokens.size, after + other.tokens.size
+    assert after < 0.7 * before
+    assert len(shapes) <= 8
 
 
 def test_evaluation_covers_every_row_once() -> None:

@@ -46,32 +46,43 @@ REFERENCE = {
     "kl layer": (TOKENS[:, 1:] * np.log(TOKENS[:, 1:] / TOKENS[:, :-1])).sum(axis=-1).mean(),
     "gate": -np.log([ROWS[0, 0], ROWS[1, 2], ROWS[2, 1]]).mean(),
 }
-FUNCTIONS: dict[str, Callable[[Any], jax.Array]] = {
-    "mean": lambda pi: losses.mean_routing(pi, jnp.asarray(MASK)),
-    "row": lambda pi: losses.row_routing(pi, jnp.asarray(MASK)),
-    "batch_diversity": lambda pi: losses.entropy_loss(pi, jnp.asarray(MASK), "batch_diversity"),
-    "token_literal": lambda pi: losses.entropy_loss(pi, jnp.asarray(MASK), "token_literal"),
-    "kl": lambda pi: losses.kl_loss(pi, jnp.asarray(MASK), jnp.asarray(PREVIOUS, jnp.float32), "step"),
-    "kl token": lambda pi: losses.kl_loss(pi, jnp.asarray(MASK), jnp.asarray(PREVIOUS), "token"),
-    "kl layer": lambda pi: losses.kl_loss(pi, jnp.asarray(MASK), jnp.asarray(PREVIOUS), "layer"),
-    "gate": lambda pi: losses.gate_loss(pi, jnp.asarray(MASK), jnp.asarray(OBJECTIVE)),
+FUNCTIONS: dict[str, Callable[[Any, Any], jax.Array]] = {
+    "mean": losses.mean_routing,
+    "row": lambda pi, mask: losses.row_routing(pi, mask, None if mask.dtype == bool else B)[0],
+    "batch_diversity": lambda pi, mask: losses.entropy_loss(pi, mask, "batch_diversity"),
+    "token_literal": lambda pi, mask: losses.entropy_loss(pi, mask, "token_literal"),
+    "kl": lambda pi, mask: losses.kl_loss(pi, mask, jnp.asarray(PREVIOUS, jnp.float32), "step"),
+    "kl token": lambda pi, mask: losses.kl_loss(pi, mask, jnp.asarray(PREVIOUS), "token"),
+    "kl layer": lambda pi, mask: losses.kl_loss(pi, mask, jnp.asarray(PREVIOUS), "layer"),
+    "gate": lambda pi, mask: losses.gate_loss(pi, mask, jnp.asarray(OBJECTIVE)),
 }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_values_equal_float64_and_masked_tokens_do_not_matter(name: str) -> None:
-    found = FUNCTIONS[name](jnp.asarray(PI, jnp.float32))
+    mask = jnp.asarray(MASK)
+    found = FUNCTIONS[name](jnp.asarray(PI, jnp.float32), mask)
     np.testing.assert_allclose(found, REFERENCE[name], rtol=1e-5, atol=1e-7)
     other = np.where(MASK[..., None, None], PI, softmax(DRAW.normal(size=PI.shape) * 5))
-    np.testing.assert_array_equal(FUNCTIONS[name](jnp.asarray(other, jnp.float32)), found)
+    np.testing.assert_array_equal(FUNCTIONS[name](jnp.asarray(other, jnp.float32), mask), found)
     if np.ndim(REFERENCE[name]) == 0:
-        slope = jax.grad(lambda z: FUNCTIONS[name](jax.nn.softmax(z)))(jnp.asarray(Z, jnp.float32))
+        slope = jax.grad(lambda z: FUNCTIONS[name](jax.nn.softmax(z), mask))(jnp.asarray(Z, jnp.float32))
         assert not np.any(np.asarray(slope)[~MASK])
         learns = np.any(np.asarray(slope) != 0, axis=-1)  # [B,S,L]
         first = MASK & ~np.pad(MASK, ((0, 0), (1, 0)))[:, :-1]  # what is only ever "before" is a constant
         expected = np.repeat(MASK[..., None] & ~(first[..., None] & (name == "kl token")), L, axis=-1)
         expected[:, :, 0] &= name != "kl layer"
         np.testing.assert_array_equal(learns, expected)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_rows_that_share_slots_count_as_rows(name: str) -> None:
+    numbers, pi = np.zeros((2, 9), np.int32), softmax(DRAW.normal(size=(2, 9, L, E)))
+    for row, slot, start in ((2, 0, 0), (0, 0, 1), (1, 1, 4)):
+        place = np.s_[slot, start : start + MASK[row].sum()]
+        numbers[place], pi[place] = row + 1, PI[row][MASK[row]]
+    found = FUNCTIONS[name](jnp.asarray(pi, jnp.float32), jnp.asarray(numbers))
+    np.testing.assert_allclose(found, REFERENCE[name], rtol=1e-5, atol=1e-7)
 
 
 def test_uniform_routing_has_the_known_values() -> None:
@@ -130,7 +141,7 @@ def test_the_kl_leaves_the_previous_step_alone() -> None:
 def test_an_expert_that_top_k_closed_keeps_every_loss_finite() -> None:
     pi = jnp.asarray(np.where(np.arange(E) == 0, 0.0, 0.5) * np.ones((B, S, L, 1)), jnp.float32)
     for name in ("batch_diversity", "token_literal", "kl", "kl token", "kl layer", "gate"):
-        value, slope = jax.value_and_grad(FUNCTIONS[name])(pi)
+        value, slope = jax.value_and_grad(FUNCTIONS[name])(pi, jnp.asarray(MASK))
         assert np.isfinite(value)
         assert np.all(np.isfinite(slope))
 

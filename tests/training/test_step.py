@@ -16,7 +16,7 @@ import pytest
 
 from trinityx_jax.backbone import BackboneConfig, unembed
 from trinityx_jax.backbone.model import abstract_params
-from trinityx_jax.data.batching import Batch, TrainingBatches, make_batch
+from trinityx_jax.data.batching import Batch, TrainingBatches, joined, make_batch
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.experts import FEED_FORWARD, init_expert, stack, unstack
 from trinityx_jax.mocae import Router, hidden_states, init_router, preset, token_routing
@@ -28,6 +28,7 @@ from trinityx_jax.training.state import expert_state, guarded, router_state, upd
 from trinityx_jax.training.step import (
     expert_gradients,
     expert_step,
+    router_loss,
     router_step,
     trained_experts,
     trained_router,
@@ -446,6 +447,30 @@ def test_stage_2_trains_the_router_and_nothing_else(changes: dict[str, Any], lea
         metrics["loss_task"] + 0.1 * metrics["loss_entropy"] + 0.01 * metrics["loss_kl"] + 0.1 * metrics["loss_gate"]
     )
     np.testing.assert_allclose(metrics["loss"], parts, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lambda_gate": 1.0},
+        {"entropy": "token_literal", "kl": "token", "lambda_kl": 1.0, "top_k": 2, "lambda_balance": 1.0},
+        {"kl": "layer", "lambda_kl": 1.0, "mixing": "weights"},
+        {"name": "literal", "router_scope": "shared"},
+    ],
+)
+def test_rows_that_share_slots_give_the_same_loss_and_gradients(changes: dict[str, Any]) -> None:
+    """Another layout of the same batch; the epoch's last one has an empty row."""
+    router, experts = new_router(**changes), new_experts()
+    rows = [row(5, 2, 3), row(1, 14, 9), row(2, 3, 4), None, row(3, 6, 11), row(4, 2, 1)]
+    layouts = make_batch(rows, OBJECTIVE, 0), joined(rows, OBJECTIVE, 0, 27)
+    assert layouts[1].tokens.size < layouts[0].tokens.size / 2
+    loss = jax.jit(jax.value_and_grad(functools.partial(router_loss, config=CONFIG), has_aux=True))
+    previous = jnp.asarray([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
+    apart, together = (
+        loss(trained_router(router), BASE, experts, router, previous, batch=own.arrays()) for own in layouts
+    )
+    assert np.any(apart[1]["kernel"])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6), apart, together)
 
 
 def named(leaf: tuple[Any, Any]) -> tuple[str, Any]:

@@ -6,7 +6,7 @@ import bisect
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -22,11 +22,14 @@ Slot = Sequence[Encoded]  # what stands in one row of a batch: nothing, one row 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Arrays of one batch: B rows, S positions, N = B S places for supervised positions (``valid`` ones first).
+    """Arrays of one batch: B slots, S positions, N = B S places for supervised positions (``valid`` ones first).
 
-    ``where`` are flat indices row * S + t of the hidden state that predicts ``labels``; supervised
+    ``where`` are flat indices slot * S + t of the hidden state that predicts ``labels``; supervised
     positions are chosen by place in the row, never by token id. Where gradients are accumulated, every
     field has an axis of parts first.
+
+    A slot holds one row, several of its objective, or (``joined``) of any: then mask numbers the batch's rows, and
+    objective [R] is theirs.
     """
 
     tokens: np.ndarray  # [B,S] int32
@@ -34,7 +37,7 @@ class Batch:
     where: np.ndarray  # [N] int32
     labels: np.ndarray  # [N] int32
     valid: np.ndarray  # [N] bool
-    objective: np.ndarray  # [B] int32
+    objective: np.ndarray  # [B] int32; [R] of joined rows
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The fields as a dict, which is what a compiled step takes."""
@@ -66,13 +69,43 @@ def make_batch(
     """
     slots: list[Slot] = [() if r is None else (r,) if isinstance(r, Encoded) else r for r in rows]
     size = length or bucket(max((_tokens(slot) for slot in slots), default=0))
+    batch = _filled([list(enumerate(slot, 1)) for slot in slots], objective, pad_id, size)
+    return batch if packed else dataclasses.replace(batch, mask=batch.mask > 0)
+
+
+def joined(rows: Sequence[Encoded | None], objective: Sequence[int], pad_id: int, longest: int) -> Batch:
+    """The rows [R] in about as few positions as hold them, whatever their objectives: what a batch's losses see is the
+    same, and short rows are not padded to the length of long ones.
+
+    Args:
+        longest: of all batches' rows: slots of that length are taken where shorter ones save less than a tenth, so
+            that few shapes are compiled.
+    """
+    lengths = np.asarray([0 if row is None else len(row.ids) for row in rows])
+    order = [int(i) for i in np.argsort(-lengths, kind="stable") if lengths[i]]
+    plans = {size: best_fit(lengths, order, size) for size in (bucket(longest), bucket(int(lengths.max())))}
+    slots = {size: min(_few(len(plan)), len(rows)) for size, plan in plans.items()}
+    least = min(size * count for size, count in slots.items())
+    size = next(size for size, count in slots.items() if size * count <= 1.1 * least)
+    plan = [[(i + 1, rows[i]) for i in slot] for slot in plans[size]]
+    return _filled(plan + [[]] * (slots[size] - len(plan)), objective, pad_id, size)
+
+
+def _few(count: int) -> int:
+    """A count rounded up to an eighth of the next power of two."""
+    step = max(1, 2 ** max(count - 1, 1).bit_length() // 8)
+    return -(-count // step) * step
+
+
+def _filled(slots: Sequence[Sequence[tuple[int, Encoded]]], objective: Sequence[int], pad_id: int, size: int) -> Batch:
+    """Slots of numbered rows, one after another."""
     tokens = np.full((len(slots), size), pad_id, np.int32)
     segments = np.zeros((len(slots), size), np.int32)
     where: list[np.ndarray] = [np.zeros(0, int)]
     labels: list[np.ndarray] = [np.zeros(0, np.int32)]
     for index, slot in enumerate(slots):
         start = 0
-        for number, row in enumerate(slot, 1):
+        for number, row in slot:
             end = start + len(row.ids)
             tokens[index, start:end], segments[index, start:end] = row.ids, number
             where.append(index * size + np.arange(start + row.prompt_length - 1, end - 1))
@@ -82,12 +115,26 @@ def make_batch(
     out_where, out_labels = np.zeros(tokens.size, np.int32), np.zeros(tokens.size, np.int32)
     valid = np.zeros(tokens.size, bool)
     out_where[: len(flat)], out_labels[: len(flat)], valid[: len(flat)] = flat, np.concatenate(labels), True
-    mask = segments if packed else segments > 0
-    return Batch(tokens, mask, out_where, out_labels, valid, np.asarray(objective, np.int32))
+    return Batch(tokens, segments, out_where, out_labels, valid, np.asarray(objective, np.int32))
 
 
 def _tokens(slot: Slot) -> int:
     return sum(len(row.ids) for row in slot)
+
+
+def best_fit(lengths: np.ndarray, order: Iterable[int], capacity: int) -> list[np.ndarray]:
+    """Rows packed in an order: each into the slot that it leaves least room in, else into a new one."""
+    slots: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (room left, slot), sorted
+    for row in order:
+        length = int(lengths[row])
+        at = bisect.bisect_left(room, (length, -1))
+        left, slot = room.pop(at) if at < len(room) else (capacity, len(slots))
+        if slot == len(slots):
+            slots.append([])
+        slots[slot].append(row)
+        bisect.insort(room, (left - length, slot))
+    return [np.asarray(slot) for slot in slots]
 
 
 class RowOrder:
@@ -126,7 +173,9 @@ class RowOrder:
         if self._planned[0] != epoch:
             shuffled = grain.MapDataset.range(len(self.lengths)).shuffle(seed=(self.seed + epoch) & 0x7FFFFFFF)
             order = np.asarray([shuffled[i] for i in range(len(self.lengths))])
-            slots = self._sorted(order) if self.capacity is None else self._packed(order, self.capacity)
+            slots = (
+                self._sorted(order) if self.capacity is None else best_fit(self.lengths, order.tolist(), self.capacity)
+            )
             batches = [slots[i : i + self.batch_size] for i in range(0, len(slots), self.batch_size)]
             generator = np.random.default_rng((self.seed, epoch))
             self._planned = (epoch, [batches[i] for i in generator.permutation(len(batches))])
@@ -140,20 +189,6 @@ class RowOrder:
         flat = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
         return [flat[i : i + 1] for i in range(len(flat))]
 
-    def _packed(self, order: np.ndarray, capacity: int) -> list[np.ndarray]:
-        """Best fit: each row into the open slot that it leaves least room in, else into a new one."""
-        slots: list[list[int]] = []
-        room: list[tuple[int, int]] = []  # (room left, slot), sorted
-        for row in order.tolist():
-            length = int(self.lengths[row])
-            at = bisect.bisect_left(room, (length, -1))
-            left, slot = room.pop(at) if at < len(room) else (capacity, len(slots))
-            if slot == len(slots):
-                slots.append([])
-            slots[slot].append(row)
-            bisect.insort(room, (left - length, slot))
-        return [np.asarray(slot) for slot in slots]
-
 
 class TrainingBatches:
     """Batch k: ``batch_size`` slots of every objective, grouped in the objectives' order.
@@ -161,6 +196,7 @@ class TrainingBatches:
     Args:
         accumulate: parts that a batch is served in, each with its share of every objective's slots.
         pack: tokens of a slot that several rows are packed into; None: a row each, lengths by bucket.
+        join: whether the rows of all objectives share slots (``joined``).
     """
 
     def __init__(
@@ -171,9 +207,11 @@ class TrainingBatches:
         seed: int,
         accumulate: int = 1,
         pack: int | None = None,
+        join: bool = False,
     ):
         self.rows, self.pad_id, self.batch_size = dict(rows), pad_id, batch_size
         self.accumulate, self.pack = accumulate, pack
+        self.longest = max((len(e.ids) for own in rows.values() for e in own), default=0) if join else None
         self.orders = {
             name: RowOrder([len(e.ids) for e in own], batch_size, seed, name, pack) for name, own in rows.items()
         }
@@ -184,10 +222,13 @@ class TrainingBatches:
     def batch(self, step: int, names: tuple[str, ...]) -> Batch:
         """Batch ``step`` of some of the objectives; what one is served does not depend on the others."""
         served = {name: self.slots(step, name) for name in names}
-        length = self.pack or bucket(max(_tokens(s) for own in served.values() for s in own))
-        index = {name: i for i, name in enumerate(self.rows)}
         share = self.batch_size // self.accumulate
+        index = {name: i for i, name in enumerate(self.rows)}
         objective = [index[name] for name in names for _ in range(share)]
+        if self.longest is not None:
+            rows = [slot[0] if slot else None for own in served.values() for slot in own]
+            return joined(rows, objective, self.pad_id, self.longest)
+        length = self.pack or bucket(max(_tokens(s) for own in served.values() for s in own))
         parts = [
             make_batch(
                 [s for own in served.values() for s in own[k * share : (k + 1) * share]],

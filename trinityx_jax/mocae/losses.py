@@ -1,4 +1,8 @@
-"""Routing losses (paper 3.2, METHOD 2). All take pi [B,S,L,E] in float32 and a token mask [B,S]."""
+"""Routing losses (paper 3.2, METHOD 2). All take pi [B,S,L,E] in float32 and a token mask [B,S].
+
+Where rows share slots the mask numbers them: 0 at padding, 1 to R at the tokens of each row. Otherwise it is boolean,
+each slot is a row, and R is B.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,22 @@ TINY = 1e-20  # keeps log(0) of a top-k masked expert finite
 
 def mean_routing(pi: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean pi per layer over the batch's real tokens: [L,E]."""
-    weight = mask.astype(jnp.float32)
+    weight = (mask > 0).astype(jnp.float32)
     return jnp.einsum("bsle,bs->le", pi, weight) / jnp.maximum(jnp.sum(weight), 1.0)
 
 
-def row_routing(pi: jax.Array, mask: jax.Array) -> jax.Array:
-    """pi of each row, averaged over its real tokens and all layers: [B,E]."""
-    weight = mask.astype(jnp.float32)
-    total = jnp.einsum("bsle,bs->be", pi, weight) / pi.shape[2]
-    return total / jnp.maximum(jnp.sum(weight, axis=1), 1.0)[:, None]
+def row_routing(pi: jax.Array, mask: jax.Array, rows: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """pi of each row, averaged over its real tokens and all layers [R,E]; whether it holds a token at all [R].
+
+    Args:
+        rows: R, of a mask that numbers them.
+    """
+    if rows is None:
+        mask, rows = jnp.where(mask, 1 + jnp.arange(len(mask))[:, None], 0), len(mask)
+    own = jax.nn.one_hot(mask - 1, rows)  # [B,S,R]; nothing at padding
+    count = jnp.sum(own, axis=(0, 1))
+    total = jnp.einsum("bse,bsr->re", jnp.mean(pi, axis=2), own, precision="highest")
+    return total / jnp.maximum(count, 1.0)[:, None], count > 0
 
 
 def entropy_loss(pi: jax.Array, mask: jax.Array, kind: str) -> jax.Array:
@@ -36,7 +47,7 @@ def entropy_loss(pi: jax.Array, mask: jax.Array, kind: str) -> jax.Array:
         mean = mean_routing(pi, mask)
         return jnp.mean(jnp.sum(mean * jnp.log(mean + TINY), axis=-1))
     per_token = -jnp.sum(pi * jnp.log(pi + TINY), axis=-1)  # [B,S,L]
-    weight = mask.astype(jnp.float32)[..., None]
+    weight = (mask > 0).astype(jnp.float32)[..., None]
     return jnp.sum(per_token * weight) / jnp.maximum(jnp.sum(weight) * pi.shape[2], 1.0)
 
 
@@ -54,9 +65,10 @@ def kl_loss(pi: jax.Array, mask: jax.Array, previous: jax.Array, kind: str) -> j
     if kind in ("step", "ema"):
         return jnp.mean(divergence(mean_routing(pi, mask), previous))
     if kind == "token":
-        change, real = divergence(pi[:, 1:], pi[:, :-1]), mask[:, 1:] & mask[:, :-1]  # [B,S-1,L]
+        within = (mask[:, 1:] > 0) & (mask[:, 1:] == mask[:, :-1])
+        change, real = divergence(pi[:, 1:], pi[:, :-1]), within  # [B,S-1,L]
     else:
-        change, real = divergence(pi[:, :, 1:], pi[:, :, :-1]), mask  # [B,S,L-1]
+        change, real = divergence(pi[:, :, 1:], pi[:, :, :-1]), mask > 0  # [B,S,L-1]
     weight = real.astype(jnp.float32)[..., None]
     return jnp.sum(change * weight) / jnp.maximum(jnp.sum(weight) * change.shape[2], 1.0)
 
@@ -68,16 +80,20 @@ def next_previous(mean: jax.Array, previous: jax.Array, kind: str) -> jax.Array:
 
 
 def gate_loss(pi: jax.Array, mask: jax.Array, objective: jax.Array) -> jax.Array:
-    """-log of the row's own objective under its mean routing; objective [B], rows without tokens skip."""
-    own = jnp.take_along_axis(row_routing(pi, mask), objective[:, None], axis=1)[:, 0]
-    real = jnp.any(mask, axis=1).astype(jnp.float32)
+    """-log of the row's own objective under its mean routing; objective [R], rows without tokens skip."""
+    mean, some = _rows(pi, mask, objective)
+    own, real = jnp.take_along_axis(mean, objective[:, None], axis=1)[:, 0], some.astype(jnp.float32)
     return -jnp.sum(jnp.log(own + TINY) * real) / jnp.maximum(jnp.sum(real), 1.0)
 
 
 def gate_hits(pi: jax.Array, mask: jax.Array, objective: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Per row [B]: whether its mean pi is highest at its own objective; whether it holds a token at all."""
-    real = jnp.any(mask, axis=1)
-    return (jnp.argmax(row_routing(pi, mask), axis=-1) == objective) & real, real
+    """Per row [R]: whether its mean pi is highest at its own objective; whether it holds a token at all."""
+    mean, real = _rows(pi, mask, objective)
+    return (jnp.argmax(mean, axis=-1) == objective) & real, real
+
+
+def _rows(pi: jax.Array, mask: jax.Array, objective: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return row_routing(pi, mask, None if mask.dtype == bool else len(objective))
 
 
 def balance_loss(z: jax.Array, temperature: jax.Array, mask: jax.Array, top_k: int | None) -> jax.Array:
@@ -85,7 +101,7 @@ def balance_loss(z: jax.Array, temperature: jax.Array, mask: jax.Array, top_k: i
     probability before the selection, over real tokens and layers. z [B,S,L,E]; 1 for each selected expert at best.
     """
     count = z.shape[-1]
-    weight = mask.astype(jnp.float32)[..., None]
+    weight = (mask > 0).astype(jnp.float32)[..., None]
     total = jnp.maximum(jnp.sum(weight) * z.shape[2], 1.0)
     _, index = jax.lax.top_k(z / temperature, top_k or count)
     chosen = jnp.sum(jax.nn.one_hot(index, count), axis=-2)

@@ -189,7 +189,7 @@ class _Stage:
         self.config, self.backbone, self.rows, self.experts, self.router = config, backbone, rows, experts, router
         self.names = tuple(rows.train)
         self.base = packed(backbone.params)
-        self.batches = TrainingBatches(rows.train, train.batch_size, pad_id(backbone), config.seed + 1)
+        self.batches = TrainingBatches(rows.train, train.batch_size, pad_id(backbone), config.seed + 1, join=True)
         self.total = train.steps or _steps_of_epochs(self.batches, train.epochs)
         self.dtype = activations(config.dtype)
         self.optimizer = make_optimizer(train)

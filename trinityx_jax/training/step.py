@@ -236,7 +236,7 @@ def router_loss(
             total = total + weight * parts[f"loss_{name}"]
     hit, real = losses.gate_hits(pi, mask, batch["objective"])
     parts["gate_accuracy"] = jnp.sum(hit) / jnp.maximum(jnp.sum(real), 1)
-    found = routing_statistics(pi, mask, previous=previous)
+    found = routing_statistics(pi, mask > 0, previous=previous)
     return total, {**parts, **found.means(), "mean_routing": found.load}
 
 
