@@ -7,6 +7,7 @@ after saving, run again to go on.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import signal
@@ -17,11 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from tyro.conf import Positional, Suppress
 
 from trinityx_jax import __version__
 from trinityx_jax.commands import data, routing, vectors
-from trinityx_jax.commands.common import OK, own_options, parse_weights, show
+from trinityx_jax.commands.common import OK, Config, Out, Overrides, Run, Source, own_options, parse_weights, show
 from trinityx_jax.errors import UserError
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -63,8 +63,8 @@ def quickstart(out: str = "runs/quickstart", model: str | None = None, steps: in
 
 
 def convert(
-    src: Positional[str],
-    out: Positional[str],
+    src: Source,
+    out: Out,
     dtype: Literal["float32", "bfloat16"] | None = None,
     weights_only: bool = False,
 ) -> int:
@@ -86,7 +86,7 @@ def convert(
     return OK
 
 
-def train_experts(config: Positional[str], overrides: Suppress[Sequence[str]] = ()) -> int:
+def train_experts(config: Config, overrides: Overrides = ()) -> int:
     """Stage 1: train each expert on its own rows. Any key can be overridden: --train.steps 20.
 
     Experts that are done stay as they are; --train.experts [NAME] trains some anew.
@@ -110,7 +110,7 @@ def train_experts(config: Positional[str], overrides: Suppress[Sequence[str]] = 
     return OK
 
 
-def train_router(config: Positional[str], overrides: Suppress[Sequence[str]] = ()) -> int:
+def train_router(config: Config, overrides: Overrides = ()) -> int:
     """Stage 2: gamma, the router, its calibration. Any key can be overridden: --mocae.top_k 2.
 
     Args:
@@ -133,7 +133,7 @@ def train_router(config: Positional[str], overrides: Suppress[Sequence[str]] = (
 
 
 def generate(
-    run: Positional[str],
+    run: Run,
     prompt: str | None = None,
     prompts: str | None = None,
     expert: str | None = None,
@@ -182,7 +182,7 @@ def generate(
     return OK
 
 
-def evaluate(run: Positional[str], overrides: Suppress[Sequence[str]] = (), out: str | None = None) -> int:
+def evaluate(run: Run, overrides: Overrides = (), out: str | None = None) -> int:
     """Perplexity, preference and routing metrics on held-out rows, with n and 95 % intervals.
 
     On other rows than the run's: --data.NAME.test (and test_format, test_fields, test_split, test_limit), with --out.
@@ -204,8 +204,8 @@ def evaluate(run: Positional[str], overrides: Suppress[Sequence[str]] = (), out:
 
 
 def export(
-    run: Positional[str],
-    out: Positional[str],
+    run: Run,
+    out: Out,
     format: Literal["peft", "merged", "mocae"],
     weights: str | None = None,
     rank: int | None = None,
@@ -238,7 +238,7 @@ def export(
     return OK
 
 
-def report(run: Positional[str], out: str | None = None) -> int:
+def report(run: Run, out: str | None = None) -> int:
     """Write the run's report, a self-contained page.
 
     Args:
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _call(name: str, words: list[str]) -> int:
     function = COMMANDS[name]
-    options: dict[str, Any] = {"prog": f"trinityx {name}", "description": function.__doc__, "use_underscores": False}
+    options: dict[str, Any] = {"prog": f"trinityx {name}", "description": _about(function), "use_underscores": False}
     if name not in MANY or {"-h", "--help"} & set(words):
         return tyro.cli(function, args=words, **options)
     if not words or words[0].startswith("-"):
@@ -322,6 +322,11 @@ def _call(name: str, words: list[str]) -> int:
         raise UserError(f"{name}: name a {what} first (trinityx {name} {first} [--key value ...])")
     parts = (word.split("=", 1) if word.startswith("--") else [word] for word in words[1:])  # --key=value
     return function(words[0], [part for word in parts for part in word])
+
+
+def _about(function: Callable[..., int]) -> str:
+    """What a command does, without its arguments, which stand below it."""
+    return inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:")[0]
 
 
 def _usage(name: str, family: str = "") -> int:

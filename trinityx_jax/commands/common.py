@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
 
 from trinityx_jax.errors import UserError
 
 OK = 0
+Run = Positional[Annotated[str, arg(metavar="RUN")]]
+Config = Positional[Annotated[str, arg(metavar="CONFIG")]]
+Source = Positional[Annotated[str, arg(metavar="SRC")]]
+Tuned = Positional[Annotated[str, arg(metavar="TUNED")]]
+Base = Positional[Annotated[str, arg(metavar="BASE")]]
+Out = Positional[Annotated[str, arg(metavar="OUT")]]
+_KEYS = arg(metavar="[--key.sub VALUE ...]", help="keys of the configuration to change.", help_behavior_hint="")
+_FILES = arg(
+    metavar="VARIANT.yaml ... [--key.sub VALUE ...]",
+    help="the variants' files; keys of the configuration to change.",
+    help_behavior_hint="",
+)
+Overrides = Positional[Annotated[Sequence[str], _KEYS]]
+Variants = Positional[Annotated[Sequence[str], _FILES]]
 
 
 def show(renderable: Any) -> None:

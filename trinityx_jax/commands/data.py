@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
-from tyro.conf import Positional, Suppress
 
-from trinityx_jax.commands.common import own_options
+from trinityx_jax.commands.common import Config, Overrides, own_options
 from trinityx_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,8 +25,8 @@ _VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 
 
 def data_show(
-    config: Positional[str],
-    overrides: Suppress[Sequence[str]] = (),
+    config: Config,
+    overrides: Overrides = (),
     rows: int | None = None,
     objective: str | None = None,
 ) -> int:

@@ -5,31 +5,52 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, Suppress
+from tyro.conf import arg
 
-from trinityx_jax.commands.common import OK, own_options, parse_grid, parse_seeds, show, split_repeated
+from trinityx_jax.commands.common import (
+    OK,
+    Config,
+    Overrides,
+    Run,
+    Variants,
+    own_options,
+    parse_grid,
+    parse_seeds,
+    show,
+    split_repeated,
+)
 from trinityx_jax.errors import UserError
+
+Fit = Annotated[
+    Literal["none", "temperature", "expert", "layer"] | None,
+    arg(metavar="{none,temperature,expert,layer}", help_behavior_hint="(default: mocae.calibration, or temperature)"),
+]
+To = Annotated[
+    Literal["objective", "row", "token"] | None,
+    arg(metavar="{objective,row,token}", help_behavior_hint="(default: objective)"),
+]
 
 
 def calibrate(
-    run: Positional[str],
-    overrides: Suppress[Sequence[str]] = (),
-    fit: Literal["none", "temperature", "expert", "layer"] | None = None,
-    to: Literal["objective", "row", "token"] | None = None,
+    run: Run,
+    overrides: Overrides = (),
+    fit: Fit = None,
+    to: To = None,
 ) -> int:
-    """Fit the router's temperatures and biases on held-out rows; ECE, Brier, NLL and accuracy before and after.
+    """Calibrate a run's router in place, on held-out rows; ECE, Brier, NLL and accuracy before and after.
 
-    Also on prompts of files that nothing was trained on: --data.NAME.unseen (and unseen_format, unseen_split,
-    unseen_limit). --data.NAME.test and --evaluate.KEY as for evaluate.
+    Its forecast of a row's objective and, by --fit, the weights that mix the experts. It always begins with the router
+    as training left it. Also measured on prompts of files that nothing was trained on: --data.NAME.unseen
+    (unseen_format, unseen_fields, unseen_split, unseen_limit). Test rows: --data.NAME.test (and test_*); of evaluate,
+    batch_size and bootstrap.
 
     Args:
         run: run folder.
-        fit: of the tokens' weights, one temperature; a temperature and a bias for each expert; for each expert in each
-            layer; or none: as training left them, the reading of rows alone. By default what the configuration says
-            (mocae.calibration), or one temperature where that is none.
-        to: what is fitted to: the objective a row is of (the default), or the experts' losses on a row or token.
+        fit: what to fit of the weights that mix: nothing; one temperature; a temperature and a bias for each expert;
+            those for each expert in each layer.
+        to: what to fit to: the objective a row is of, or the experts' losses on a row or token.
     """
     from trinityx_jax.calibrate import calibrate_run, calibration_tables
 
@@ -41,8 +62,8 @@ def calibrate(
 
 
 def compare(
-    config: Positional[str],
-    words: Suppress[Sequence[str]] = (),
+    config: Config,
+    words: Variants = (),
     out: str | None = None,
     seeds: str | None = None,
     against: str | None = None,
@@ -67,8 +88,8 @@ def compare(
 
 
 def sweep(
-    config: Positional[str],
-    words: Suppress[Sequence[str]] = (),
+    config: Config,
+    words: Overrides = (),
     over: Sequence[str] = (),
     out: str | None = None,
     seeds: str | None = None,

@@ -8,14 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional
-
-from trinityx_jax.commands.common import OK, parse_block_weights, parse_weights
+from trinityx_jax.commands.common import OK, Base, Out, Source, Tuned, parse_block_weights, parse_weights
 from trinityx_jax.commands.common import show as show_table
 from trinityx_jax.errors import UserError
 
 
-def show(src: Positional[str], inner: bool = False, plot: str | None = None) -> int:
+def show(src: Source, inner: bool = False, plot: str | None = None) -> int:
     """Norms, ranks, gamma and pairwise cosines of experts, as a table and a heat map.
 
     Args:
@@ -52,7 +50,7 @@ def show(src: Positional[str], inner: bool = False, plot: str | None = None) -> 
     return OK
 
 
-def negate(src: Positional[str], out: Positional[str], expert: str | None = None) -> int:
+def negate(src: Source, out: Out, expert: str | None = None) -> int:
     """Write the negative of an expert, exact.
 
     Args:
@@ -63,7 +61,7 @@ def negate(src: Positional[str], out: Positional[str], expert: str | None = None
     return scale(src, out, -1.0, expert)
 
 
-def scale(src: Positional[str], out: Positional[str], factor: float, expert: str | None = None) -> int:
+def scale(src: Source, out: Out, factor: float, expert: str | None = None) -> int:
     """Write an expert times a number, exact.
 
     Args:
@@ -79,7 +77,7 @@ def scale(src: Positional[str], out: Positional[str], factor: float, expert: str
     return OK
 
 
-def add(src: Positional[str], out: Positional[str], weights: str, rank: int | None = None) -> int:
+def add(src: Source, out: Out, weights: str, rank: int | None = None) -> int:
     """Write a weighted sum of experts as one expert, exact: ranks add up.
 
     Args:
@@ -96,7 +94,7 @@ def add(src: Positional[str], out: Positional[str], weights: str, rank: int | No
     return OK
 
 
-def compress(src: Positional[str], out: Positional[str], rank: int, expert: str | None = None) -> int:
+def compress(src: Source, out: Out, rank: int, expert: str | None = None) -> int:
     """Write the best approximation of an expert at a lower rank, by SVD; prints the error.
 
     Args:
@@ -114,9 +112,9 @@ def compress(src: Positional[str], out: Positional[str], rank: int, expert: str 
 
 
 def extract(
-    tuned: Positional[str],
-    base: Positional[str],
-    out: Positional[str],
+    tuned: Tuned,
+    base: Base,
+    out: Out,
     rank: int,
     sites: str = "gate,up,down",
     weights_only: bool = False,
@@ -141,8 +139,8 @@ def extract(
 
 
 def merge(
-    src: Positional[str],
-    out: Positional[str],
+    src: Source,
+    out: Out,
     method: Literal["sum", "average", "ties", "dare", "dare_ties", "magnitude"] = "sum",
     weights: str | None = None,
     density: float | None = None,
@@ -176,7 +174,7 @@ def merge(
 
 
 def gamma(
-    src: Positional[str],
+    src: Source,
     reference: str = "mean",
     similarity: Literal["cosine", "inner", "uniform"] = "cosine",
     floor: float | None = None,

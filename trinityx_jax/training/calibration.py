@@ -83,7 +83,7 @@ def calibrate(
     The logits are read again between rounds, since a layer's change a little when those below mix otherwise.
     The router's ``pool`` is fitted last, to the rows' mean targets.
     """
-    found = router
+    found = dataclasses.replace(router, config=dataclasses.replace(router.config, calibration=kind))
     for _ in range(ROUNDS if kind != "none" else 0):
         z = reader.logits(found, rows)
         sharpness, shift = fit(z, targets, kind, 1.0 / np.asarray(router.temperature))
