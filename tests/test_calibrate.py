@@ -180,6 +180,26 @@ def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(run: Pa
     assert (run / "router-uncalibrated" / "router.safetensors").read_bytes() == uncalibrated
 
 
+def test_a_run_whose_weights_are_as_trained_is_calibrated_and_put_back(
+    run: Path, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default of stage 2: it fits the reading of rows alone, and keeps that through it all."""
+    path, out = tiny_config.with_name("router.yaml"), tmp_path / "plain"
+    flags = ["--out", str(out), "--experts.from", str(run), "--mocae.calibration", "none"]
+    assert cli.main(["train-router", str(path), *flags]) == 0
+    start = tx.load_router(out)
+    assert (start.config.calibration, set(start.pool)) == ("none", {"row_sharpness", "prompt_sharpness"})
+    for kind, stands in (([], "temperature"), (["--fit", "expert"], "expert"), (["--fit", "none"], "none")):
+        assert cli.main(["calibrate", str(out), *kind]) == 0
+        now, found = tx.load_router(out), results(out)
+        assert (now.config.calibration, found["fit"]) == (stands, stands)
+        assert json.loads((out / "run.json").read_text())["stages"]["router"]["calibration"] == stands
+        same = np.array_equal(now.temperature, start.temperature) and np.array_equal(now.bias, start.bias)
+        assert same == (stands == "none")
+        assert found["temperature"]["before"] == pytest.approx(0.7)
+    jax.tree.map(np.testing.assert_array_equal, now, start)
+
+
 def before_of(tree: Any) -> list[Any]:
     """What stands under ``before`` anywhere in a tree."""
     if not isinstance(tree, dict):

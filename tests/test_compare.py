@@ -178,6 +178,32 @@ def test_seconds_of_experts_that_were_trained_alone_count(tmp_path: Path, router
     assert compare._training(load_config(router_config, flags)) == {"experts_seconds": 4.0, "experts_steps": 2}
 
 
+def test_what_a_warm_start_rests_on_counts_and_a_router_that_was_calibrated_since_is_said(
+    router_config: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Steps of the router that another begins with are its own too; it has to stand before it."""
+    flags = ["--train.steps", "2", "--evaluate.multiple_choice", "null"]
+    flags += ["--evaluate.multiple_choice_prompt", "six-shot"]
+    first, second, out = tmp_path / "first.yaml", tmp_path / "second.yaml", tmp_path / "out"
+    first.write_text("mocae: {lambda_gate: 1.0}")
+    second.write_text(f"router: {{from: {out}/first/router}}")
+    command = ["compare", str(router_config), str(first), str(second), "--out", str(out), *flags]
+    assert cli.main(command) == 0
+    found = json.loads((out / "comparison.json").read_text())["systems"]
+    assert [found[name]["cost"]["router_steps"] for name in ("first", "second")] == [2, 4]
+    seconds = [found[name]["cost"]["router_seconds"] for name in ("first", "second")]
+    assert seconds[1] > seconds[0]
+    before = (out / "comparison.json").read_bytes()
+    assert cli.main(["calibrate", str(out / "first"), "--fit", "expert"]) == 0
+    capsys.readouterr()
+    assert cli.main(command) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trinityx")]
+    assert f"{out / 'first'}: its router was calibrated since (expert)" in line
+    assert cli.main(["calibrate", str(out / "first"), "--fit", "temperature"]) == 0
+    assert cli.main(command) == 0
+    assert (out / "comparison.json").read_bytes() == before
+
+
 def test_an_expert_in_a_folder_is_measured_again_when_it_changes(
     router_config: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
@@ -226,6 +252,11 @@ def test_an_expert_in_a_folder_is_measured_again_when_it_changes(
             ["sweep", "CONFIG", "--over", "system.method=sum,average", "--system.kind", "merge", "--train.steps", "3"],
             "--train.steps: has no effect on any of these systems",
         ),
+        (
+            ["compare", "CONFIG", "LATER", "RECOMMENDED"],
+            "OUT/recommended holds no router, and no variant named before trains it",
+        ),
+        (["compare", "CONFIG", "DYNAMIC"], "mocae.gamma_dynamic: train.evaluate_every is needed"),
         (["compare", "CONFIG", "TYPO"], "system.expert: there is no expert 'honset'"),
         (["compare", "CONFIG", "TRUE"], "system.weights: the weight of 'honest' is true or false, not a number"),
         (["compare", "CONFIG", "STRANGER"], "system.weights: 'kind' is not one of helpful, harmless, honest"),
@@ -256,13 +287,15 @@ def test_bad_input_is_one_sentence(
         ("mapped", f"experts: {{from: {{helpful: {tiny_run}, harmless: {tiny_run}, honest: {tiny_run}}}}}"),
         ("true", "system: {kind: merge, weights: {honest: true}}"),
         ("stranger", "system: {kind: merge, weights: {kind: 0.5}}"),
+        ("later", f"router: {{from: {tmp_path / 'out' / 'recommended'}}}"),
+        ("dynamic", "mocae: {gamma_dynamic: true}"),
     ):
         (tmp_path / f"{name}.yaml").write_text(text)
         places[name.upper()] = str(tmp_path / f"{name}.yaml")
     out = tmp_path / "out"
     assert cli.main([*(places.get(word, word) for word in words), "--out", str(out)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
-    assert says.replace("RUN", str(tiny_run)) in line
+    assert says.replace("RUN", str(tiny_run)).replace("OUT", str(out)) in line
     assert not out.exists()
 
 

@@ -27,6 +27,7 @@ from trinityx_jax.experts import stack
 from trinityx_jax.files import write_json, write_text
 from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled_rows, probabilities, row_means
+from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import UNCALIBRATED
 from trinityx_jax.runs import OpenRun, load_uncalibrated, need_router, open_run, save_router
 from trinityx_jax.training.calibration import RoutingReader, Target, calibrate, objective_targets
@@ -90,12 +91,14 @@ def calibrate_run(
     sets = [*_held_out(config, run, names, held), _unseen(config, plain, run, names)]
     settings = (run.backbone, stack([run.vectors[name] for name in names]), config.dtype, config.evaluate.batch_size)
     fitted_on = _calibration_rows(plain, run, names)
-    own = expert_losses(*settings, fitted_on.rows, len(names), tempered=True)
+    batches = [-(-len(rows) // config.evaluate.batch_size) for rows in (fitted_on.rows, held.chosen)]
+    with progress("experts alone", sum(batches)) as bar:
+        own = expert_losses(*settings, fitted_on.rows, len(names), tempered=True, on_batch=bar.advance)
+        best = expert_losses(*settings, held.chosen, len(names), on_batch=bar.advance).means().argmin(axis=1)
     temperatures = own.temperatures(fitted_on.labels)
     reader = RoutingReader(*settings)
     after = calibrate(reader, start, fitted_on.rows, _targets(to, own, temperatures, fitted_on), kind)
     states = {"before": dataclasses.replace(start, pool={}), "after": after}
-    best = expert_losses(*settings, held.chosen, len(names)).means().argmin(axis=1)
     labels = {"calibration": fitted_on.labels} | {view: part.labels for part in sets for view in part.views}
     results = {
         "fit": kind,

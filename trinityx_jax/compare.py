@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from trinityx_jax.backbone import Backbone
-from trinityx_jax.config import SCRATCH, RunConfig
+from trinityx_jax.config import SCRATCH, RunConfig, load_config
 from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.data.formats import Example
 from trinityx_jax.data.templates import Encoded
@@ -29,9 +29,9 @@ from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled_rows
 from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import RunFolder
-from trinityx_jax.runs import load_experts, load_router, with_paths
+from trinityx_jax.runs import load_experts, load_router, router_digest, with_paths
 from trinityx_jax.sections import TEST_ROWS, SystemConfig
-from trinityx_jax.training.router_stage import router_done, stage_experts, train_router
+from trinityx_jax.training.router_stage import check_router, router_done, stage_experts, train_router
 from trinityx_jax.variants import Variant, check_experts
 
 
@@ -60,6 +60,7 @@ class Comparison:
             raise UserError(f"--against: {against!r} is not one of {', '.join(labels)}")
         for config in (config for variant in self.variants for config in variant.configs):
             self._check(config)
+        self._check_starts()
         first = self._first
         self._check_rows()
         columns: dict[str, list[Columns]] = {label: [] for label in labels}
@@ -117,8 +118,28 @@ class Comparison:
         asked = config.evaluate.multiple_choice is not None
         if config.system.kind == "oracle" and asked and truthful(config, config.experts.names) is None:
             raise UserError("evaluate.multiple_choice: no objective's test rows are TruthfulQA's; the oracle needs one")
-        if config.system.kind == "mocae" and RunFolder(config.out).info_path.exists():
-            router_done(config)
+        if config.system.kind != "mocae":
+            return
+        check_router(config)
+        done = RunFolder(config.out).done("router") if router_done(config) else None
+        wanted = config.mocae_config().calibration
+        if done is not None and done["calibration"] != wanted:
+            raise UserError(
+                f"{config.out}: its router was calibrated since ({done['calibration']}), and mocae.calibration says "
+                f"{wanted}; trinityx calibrate {config.out} --fit {wanted} undoes that"
+            )
+
+    def _check_starts(self) -> None:
+        """A router that another begins with is there, or an earlier variant trains it."""
+        made: set[Path] = set()
+        for variant in self.variants:
+            for config in variant.configs:
+                start = config.router.source if config.system.kind == "mocae" else None
+                if start is not None and router_digest(start) is None and not {*_above(start)} & made:
+                    raise UserError(
+                        f"{config.out}: router.from: {start} holds no router, and no variant named before trains it"
+                    )
+            made |= {Path(config.out).resolve() for config in variant.configs if config.system.kind == "mocae"}
 
     def _measured(self, label: str, config: RunConfig, answers: bool) -> tuple[Columns, list[str]]:
         """Its numbers, and its answers to the prompts where they are asked for."""
@@ -204,19 +225,39 @@ def _test_keys(config: RunConfig) -> dict[str, Any]:
 
 def _training(config: RunConfig) -> dict[str, float]:
     """Seconds and number of steps of each stage that a system rests on, where a run tells them."""
-    stages = {"router": Path(config.out)} if config.system.kind == "mocae" else {}
+    stages = {"router": _routers(config)} if config.system.kind == "mocae" else {}
     alone, source = config.system.expert, config.experts.source
     source = alone if alone not in (None, *config.experts.names) else source
     if config.system.kind != "base" and isinstance(source, str) and source != SCRATCH:
-        found = Path(source)  # a run, its folder of experts, or one of these
-        stages["experts"] = next((p for p in (found, *found.parents[:2]) if (p / "run.json").exists()), found)
+        stages["experts"] = [_run_of(source)]
     out = {}
-    for stage, run in stages.items():
-        lines = [line for line in RunFolder(run).metrics() if str(line.get("stage")).split("/")[0] == stage]
+    for stage, runs in stages.items():
+        own = (line for run in runs for line in RunFolder(run).metrics())
+        lines = [line for line in own if str(line.get("stage")).split("/")[0] == stage]
         if lines:  # one expert's of several that were trained alone are experts/NAME
             out[f"{stage}_seconds"] = sum(line["tokens"] / max(line["tokens_per_second"], 0.1) for line in lines)
             out[f"{stage}_steps"] = len(lines)
     return out
+
+
+def _routers(config: RunConfig) -> list[Path]:
+    """The run of a router, of the one that it began with, and so on."""
+    runs, source = [Path(config.out)], config.router.source
+    while source is not None and _run_of(source) not in runs:
+        runs.append(_run_of(source))
+        file = runs[-1] / "config-router.yaml"
+        source = load_config(file, stage="router").router.source if file.exists() else None
+    return runs
+
+
+def _run_of(path: str) -> Path:
+    """The run that a path is, or is a folder of."""
+    return next((p for p in (Path(path), *Path(path).parents[:2]) if (p / "run.json").exists()), Path(path))
+
+
+def _above(path: str) -> list[Path]:
+    """A path and the folder that it is in."""
+    return [Path(path).resolve(), Path(path).resolve().parent]
 
 
 def _key(

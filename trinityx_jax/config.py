@@ -68,6 +68,8 @@ class RunConfig(Section):
             raise ValueError(f"experts.names: {names} holds a name twice")
         if mocae.top_k is not None and mocae.top_k > len(names):
             raise ValueError(f"mocae.top_k: {mocae.top_k} of {len(names)} experts cannot be selected")
+        if mocae.lambda_balance and mocae.top_k == len(names):
+            raise ValueError("mocae.lambda_balance: has no effect where top_k selects all experts")
         missing = [n for n in names if n not in self.data]
         if missing:
             raise ValueError(f"data: expert {missing[0]!r} has no rows (data.{missing[0]} is not set)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from trinityx_jax.experts.lora import check_fits
 from trinityx_jax.files import atomic_dir, read_json, write_json
 from trinityx_jax.mocae import MoCaEConfig, Router
 from trinityx_jax.run_folder import FORMAT, UNCALIBRATED, RunFolder
+
+log = logging.getLogger(__name__)
 
 
 def save_expert(vector: TaskVector, out: Path) -> None:
@@ -148,12 +151,14 @@ def expert_folders(path: Path) -> dict[str, Path]:
 
 
 def expert_digests(path: str | Path | Mapping[str, str], names: Iterable[str]) -> dict[str, str | None]:
-    """A digest of each expert's weights as ``load_experts`` would find them; None of one that is not there."""
+    """A digest of each expert's weights as ``load_experts`` would find them, a name that it does not know being a path;
+    None of one that is not there."""
     try:
         folders = source_folders(path)
     except UserError:
         folders = {}
-    return {name: _weights_digest(folders[name]) if name in folders else None for name in names}
+    found = folders | {name: one_expert(name, name) for name in names if name not in folders and Path(name).is_dir()}
+    return {name: _weights_digest(found[name]) if name in found else None for name in names}
 
 
 def router_digest(path: str | Path) -> str | None:
@@ -231,7 +236,8 @@ def load_router(path: str | Path, fingerprint: str | None = None) -> Router:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / 'router.json'}: not a router's description ({error})") from error
     if set(parts["pool"]) - {"row_sharpness", "prompt_sharpness"}:
-        raise UserError(f"{path / 'router.safetensors'}: its pool is an older version's; train the router anew")
+        log.warning("%s: its reading of rows is an older version's; calibrate it again", path)
+        parts["pool"] = {}
     return Router(**arrays, **parts, config=mocae, names=names)
 
 

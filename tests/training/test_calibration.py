@@ -160,8 +160,27 @@ def test_rows_of_an_objective_count_alike_together_however_many_they_are(objecti
     x = np.array([0.8, 1.5, 2.0, 0.3, -0.5, 0.1])
     few, many = (objectives[i](x)[0] - pull(x, START, rows) for i, rows in ((0, 6), (2, 9)))
     assert few == pytest.approx(many, rel=1e-12)
-    few, many = (objectives[i](x[:1])[0] for i in (1, 3))
+    few, many = (objectives[i](x[:1])[0] - 0.5 * x[0] ** 2 / rows for i, rows in ((1, 6), (3, 9)))
     assert few == pytest.approx(many, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["temperature", "expert", "layer"])
+def test_reading_the_logits_again_changes_nothing_where_they_stay(kind: str) -> None:
+    """The pull is towards the router as it was, however often it is fitted."""
+    z, targets = make_rows(12, seed=4)
+    start = router_at(np.float32(0.7)).replace(bias=jnp.asarray([[0.3, -0.2, 0.0], [0.1, 0.0, 0.4]]))
+
+    class Reader:
+        def logits(self, router: Router, rows: Any) -> list[np.ndarray]:
+            return [own + np.asarray(router.bias, np.float64) for own in z]
+
+    rows = [Encoded(np.zeros(len(own), np.int32), 1) for own in z]
+    found = calibrate(Reader(), start, rows, targets, kind)  # type: ignore[arg-type]
+    once = fit(
+        [own + np.asarray(start.bias, np.float64) for own in z], targets, kind, 1 / np.asarray(start.temperature)
+    )
+    np.testing.assert_allclose(found.temperature, 1 / once[0], rtol=1e-3)
+    np.testing.assert_allclose(found.bias - start.bias, np.broadcast_to(once[1] / once[0], (L, E)), atol=1e-3)
 
 
 # ---- a row's probabilities -----------------------------------------------------------------------
@@ -199,8 +218,11 @@ def test_the_pool_is_the_least_of_its_objective_and_lowers_the_nll(temperature: 
     def nll(x: Any) -> float:
         return float(-weight @ np.sum(q * np.log(softmax(float(np.squeeze(x)) * np.log(means))), axis=1))
 
-    peer = minimize(nll, [0.5], method="BFGS", options={"gtol": 1e-7})
-    assert nll(found) <= peer.fun + 1e-8
+    def pulled(x: Any) -> float:
+        return nll(x) + float(0.5 * np.log(np.squeeze(x)) ** 2 / len(z))
+
+    peer = minimize(pulled, [0.5], method="BFGS", options={"gtol": 1e-7})
+    assert pulled(found) <= peer.fun + 1e-8
     np.testing.assert_allclose(found, peer.x[0], rtol=5e-3)
     assert nll(found) < nll(1.0)
     np.testing.assert_allclose(
@@ -208,6 +230,17 @@ def test_the_pool_is_the_least_of_its_objective_and_lowers_the_nll(temperature: 
         log_loss(q.argmax(axis=1), means / means.sum(axis=1, keepdims=True), sample_weight=weight),
         rtol=1e-9,
     )
+
+
+@pytest.mark.parametrize("gap", [0.05, 0.2, 0.6])
+def test_rows_that_are_all_told_apart_keep_a_finite_sharpness(gap: float) -> None:
+    labels = np.arange(12) % E
+    z = [np.log(np.where(np.arange(E) == label, 1 / 3 + gap, 1 / 3 - gap / 2)).reshape(1, 1, E) for label in labels]
+    rows = [Encoded(np.zeros(1, np.int32), 1)] * len(z)
+    found = fit_pool(z, calibration.objective_targets(rows, labels, E), router_at(1.0))
+    means = np.stack([softmax(own[0, 0]) for own in z])
+    assert 1.5 < found < 25
+    assert pooled(means, found).max() < 0.995  # of twelve rows, none can be that sure
 
 
 def test_the_pool_of_two_experts_is_logistic_regression_on_the_log_ratio() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -199,12 +200,18 @@ def test_a_router_is_trained_again_when_that_is_said(
         ),
         (("--router.from", "RUN", "--mocae.router_scope", "shared"), "router_scope or mocae.output differ"),
         (("--router.from", "nowhere"), "holds no router"),
+        (("--router.from", "NEW"), "is this run's own, which it replaces"),
+        (("--router.from", "NEW/router"), "is this run's own, which it replaces"),
+        (("--mocae.gamma_reference", "AGAINST", "--mocae.gamma_floor", "0", "--mocae.top_k", "1"), "whose gamma is 0"),
+        (("--mocae.top_k", "3", "--mocae.lambda_balance", "0.1"), "has no effect where top_k selects all"),
     ],
 )
 def test_what_cannot_be_is_refused(
     run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, flags: tuple[str, ...], says: str
 ) -> None:
-    words = [str(tiny_run) if word == "RUN" else word for word in flags]
+    save_expert(run.vectors["helpful"] - run.vectors["honest"], tmp_path / "against")
+    places = {"RUN": str(tiny_run), "NEW": str(tmp_path / "new"), "AGAINST": str(tmp_path / "against")}
+    words = [functools.reduce(lambda text, place: text.replace(*place), places.items(), word) for word in flags]
     if "--experts.from" not in words and "--mocae.train_experts" not in words:
         words += ["--experts.from", str(tiny_run)]
     with pytest.raises(UserError, match=says):

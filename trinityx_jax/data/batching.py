@@ -78,22 +78,23 @@ def joined(rows: Sequence[Encoded | None], objective: Sequence[int], pad_id: int
     same, and short rows are not padded to the length of long ones.
 
     Args:
-        longest: of all batches' rows: slots of that length are taken where shorter ones save less than a tenth, so
-            that few shapes are compiled.
+        longest: of all batches' rows: slots have that length unless shorter ones save a third, so that few shapes are
+            compiled.
     """
+    assert len(rows) == len(objective)
     lengths = np.asarray([0 if row is None else len(row.ids) for row in rows])
     order = [int(i) for i in np.argsort(-lengths, kind="stable") if lengths[i]]
     plans = {size: best_fit(lengths, order, size) for size in (bucket(longest), bucket(int(lengths.max())))}
     slots = {size: min(_few(len(plan)), len(rows)) for size, plan in plans.items()}
     least = min(size * count for size, count in slots.items())
-    size = next(size for size, count in slots.items() if size * count <= 1.1 * least)
+    size = next(size for size, count in slots.items() if size * count <= 1.5 * least)
     plan = [[(i + 1, rows[i]) for i in slot] for slot in plans[size]]
     return _filled(plan + [[]] * (slots[size] - len(plan)), objective, pad_id, size)
 
 
 def _few(count: int) -> int:
-    """A count rounded up to an eighth of the next power of two."""
-    step = max(1, 2 ** max(count - 1, 1).bit_length() // 8)
+    """A count rounded up to a quarter of the next power of two."""
+    step = max(1, 2 ** max(count - 1, 1).bit_length() // 4)
     return -(-count // step) * step
 
 
@@ -196,7 +197,8 @@ class TrainingBatches:
     Args:
         accumulate: parts that a batch is served in, each with its share of every objective's slots.
         pack: tokens of a slot that several rows are packed into; None: a row each, lengths by bucket.
-        join: whether the rows of all objectives share slots (``joined``).
+        join: whether the rows of all objectives share slots (``joined``), which leaves nothing to pack and is in one
+            part.
     """
 
     def __init__(
@@ -209,6 +211,7 @@ class TrainingBatches:
         pack: int | None = None,
         join: bool = False,
     ):
+        assert not join or (accumulate == 1 and pack is None)
         self.rows, self.pad_id, self.batch_size = dict(rows), pad_id, batch_size
         self.accumulate, self.pack = accumulate, pack
         self.longest = max((len(e.ids) for own in rows.values() for e in own), default=0) if join else None

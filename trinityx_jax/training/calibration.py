@@ -85,9 +85,10 @@ def calibrate(
     """
     found = dataclasses.replace(router, config=dataclasses.replace(router.config, calibration=kind))
     for _ in range(ROUNDS if kind != "none" else 0):
-        z = reader.logits(found, rows)
+        added = np.asarray(found.bias - router.bias)
+        z = [own - added for own in reader.logits(found, rows)]  # the pull is towards the router as it was
         sharpness, shift = fit(z, targets, kind, 1.0 / np.asarray(router.temperature))
-        found = calibrated(found, 1.0 / sharpness, shift / sharpness, kind)
+        found = calibrated(router, 1.0 / sharpness, shift / sharpness, kind)
     z = reader.logits(found, rows)
     pool: dict[str, jax.Array] = {}
     for name in ("row", "prompt"):  # a causal model routes a prompt as it does a row's beginning
@@ -150,7 +151,7 @@ def fit_pool(z: Sequence[np.ndarray], targets: Sequence[Target], router: Router)
     """The sharpness that makes a row's mean pi its probabilities (``mocae.calibration.pooled``).
 
     No bias for each expert: it would learn how the calibration rows' kind of prompt leans, which another file of the
-    same objective does not.
+    same objective does not. A weak pull towards 1, a row's worth, keeps separable rows from an endless sharpness.
     """
     pi = [numpy_probabilities(own, np.asarray(router.temperature), router.config.top_k) for own in z]
     means = np.log(np.maximum(row_means(pi), SMALLEST))
@@ -158,9 +159,11 @@ def fit_pool(z: Sequence[np.ndarray], targets: Sequence[Target], router: Router)
     weight = np.asarray([t.weight for t in targets])[:, None]
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
-        p = softmax(x[0] * means)
-        return float(-np.sum(weight * q * np.log(p + 1e-20))), np.asarray([np.sum((p - q) * weight * means)])
+        sharpness = np.exp(x[0])
+        p = softmax(sharpness * means)
+        value = -np.sum(weight * q * np.log(p + 1e-20)) + 0.5 * x[0] ** 2 / len(targets)
+        return float(value), np.asarray([sharpness * np.sum((p - q) * weight * means) + x[0] / len(targets)])
 
-    bounds = Bounds(np.asarray([LEAST]), np.asarray([100.0]))
-    found = minimize(loss, np.ones(1), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 500})
-    return float(found.x[0])
+    bounds = Bounds(np.asarray([np.log(LEAST)]), np.asarray([-np.log(LEAST)]))
+    found = minimize(loss, np.zeros(1), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 500})
+    return float(np.exp(found.x[0]))

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -58,6 +59,7 @@ def router_settings(config: RunConfig) -> dict[str, Any]:
     names = dict.fromkeys([*config.experts.names, *filter(None, [config.mocae_config().gamma_reference])])
     source = config.experts.source or config.out
     kept["weights"] = None if source == SCRATCH else expert_digests(source, names)
+    kept["mocae"] = dataclasses.asdict(config.mocae_config())
     del kept["router"]
     if config.router.source is not None:
         kept["router"] = {"from": config.router.source, "weights": router_digest(config.router.source)}
@@ -101,7 +103,8 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     """
     check_one_process()
     mocae, run = config.mocae_config(), RunFolder(config.out)
-    own = _check(config, vectors)
+    check_router(config)
+    own = _own(config, vectors)
     start = _start(config, backbone, own, vectors)
     rows = None if mocae.routing == "uniform" else load_training_rows(config, backbone, together=True)
     run.open(backbone, config.model)
@@ -110,8 +113,8 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
         shutil.rmtree(
             run.path / "checkpoints" / "router", ignore_errors=True
         )  # first: a kill between leaves the old one
-        run.forget("router")
         shutil.rmtree(run.path / UNCALIBRATED, ignore_errors=True)
+        run.forget("router")
     run.begin("router", settings)
     _own_experts(config, run, own)
     save_config(config, run.path / "config-router.yaml", "router")
@@ -133,8 +136,31 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     return router
 
 
-def _check(config: RunConfig, vectors: Mapping[str, TaskVector]) -> dict[str, TaskVector]:
-    """The configuration's experts; raises where it asks for something that they, or its other keys, do not allow."""
+def check_router(config: RunConfig) -> None:
+    """Raise UserError where the run, or another of its keys, does not allow what the configuration asks for."""
+    mocae, source = config.mocae_config(), config.experts.source
+    if mocae.gamma_dynamic and config.train.evaluate_every is None:
+        raise UserError("mocae.gamma_dynamic: train.evaluate_every is needed, gamma moves after each evaluation")
+    if config.train.evaluate_every is not None and not mocae.gamma_dynamic:
+        raise UserError("train.evaluate_every: has no effect on stage 'router' without mocae.gamma_dynamic; remove it")
+    done = RunFolder(config.out).done("experts")
+    if source is not None and done is not None and done.get("source") != source:
+        raise UserError(f"{config.out}: holds experts of its own; remove experts.from, or choose another --out")
+    if mocae.train_experts and source in (None, config.out):
+        raise UserError(
+            "mocae.train_experts: would replace the experts that this run holds; choose another --out, and name "
+            "their run in experts.from"
+        )
+    if config.router.source is not None:
+        if mocae.routing == "uniform":
+            raise UserError("router.from: has no effect where mocae.routing is uniform; remove it")
+        begun = Path(config.router.source).resolve()
+        if Path(config.out).resolve() in (begun, *begun.parents):
+            raise UserError(f"router.from: {begun} is this run's own, which it replaces; choose another --out")
+
+
+def _own(config: RunConfig, vectors: Mapping[str, TaskVector]) -> dict[str, TaskVector]:
+    """The configuration's experts; raises where one is missing, or they do not allow what it asks for."""
     names, mocae = config.experts.names, config.mocae_config()
     missing = [name for name in names if name not in vectors]
     if missing:
@@ -144,20 +170,6 @@ def _check(config: RunConfig, vectors: Mapping[str, TaskVector]) -> dict[str, Ta
     check_policy(mocae, sites)
     if mocae.attention_deltas is not None and not set(sites) & set(ATTENTION):
         raise UserError("mocae.attention_deltas: no expert holds attention deltas; remove the key")
-    if mocae.gamma_dynamic and config.train.evaluate_every is None:
-        raise UserError("mocae.gamma_dynamic: train.evaluate_every is needed, gamma moves after each evaluation")
-    if config.train.evaluate_every is not None and not mocae.gamma_dynamic:
-        raise UserError("train.evaluate_every: has no effect on stage 'router' without mocae.gamma_dynamic; remove it")
-    done = RunFolder(config.out).done("experts")
-    if config.experts.source is not None and done is not None and done.get("source") != config.experts.source:
-        raise UserError(f"{config.out}: holds experts of its own; remove experts.from, or choose another --out")
-    if mocae.train_experts and config.experts.source in (None, config.out):
-        raise UserError(
-            "mocae.train_experts: would replace the experts that this run holds; choose another --out, and name "
-            "their run in experts.from"
-        )
-    if mocae.routing == "uniform" and config.router.source is not None:
-        raise UserError("router.from: has no effect where mocae.routing is uniform; remove it")
     return own
 
 
@@ -168,6 +180,8 @@ def _start(
     mocae = config.mocae_config()
     against = gamma_reference(mocae, vectors, backbone.config)
     static = gamma(own, against, mocae.gamma_similarity, mocae.gamma_floor)
+    if mocae.weight == "convex" and mocae.top_k is not None and not np.all(np.asarray(static) > 0):
+        raise UserError("mocae.top_k: could select experts whose gamma is 0 alone; set a mocae.gamma_floor above 0")
     router = init_router(backbone.config, list(own), static, mocae, config.seed)
     if config.router.source is None:
         return router
