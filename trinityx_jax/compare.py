@@ -153,7 +153,6 @@ class Comparison:
         found = Columns.load(store, key)
         if found is None:
             found = self._found.get(key) or self._measure(label, config, system())
-            store.parent.mkdir(parents=True, exist_ok=True)
             found.save(store, key)
         self._found[key] = found
         texts = self._answered(label, config, system, key) if answers else []

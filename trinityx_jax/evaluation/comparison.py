@@ -15,7 +15,7 @@ from rich.console import Group
 from rich.table import Table
 
 from trinityx_jax.errors import UserError
-from trinityx_jax.evaluation import metrics
+from trinityx_jax.evaluation import metrics, store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +31,13 @@ class Columns:
 
     def save(self, path: Path, key: str) -> None:
         """Write it under the digest of what it was made of."""
-        staging = path.with_suffix(".partial.npz")
-        np.savez(staging, key=key, cost=json.dumps(self.cost), **self.values)  # type: ignore[arg-type]
-        staging.replace(path)
+        store.save(path, key, cost=json.dumps(self.cost), **self.values)
 
     @classmethod
     def load(cls, path: Path, key: str) -> Columns | None:
         """What was saved under this digest; None where nothing was."""
-        if not path.exists():
-            return None
-        with np.load(path, allow_pickle=False) as data:
-            if str(data["key"]) != key:
-                return None
-            values = {name: data[name] for name in data.files if name not in ("key", "cost")}
-            return cls(values, json.loads(str(data["cost"])))
+        values = store.load(path, key)
+        return None if values is None else cls(values, json.loads(str(values.pop("cost"))))
 
 
 def comparison(

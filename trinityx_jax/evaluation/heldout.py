@@ -19,7 +19,7 @@ from trinityx_jax.data.formats import Pair, get_format
 from trinityx_jax.data.objectives import load_pairs
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
-from trinityx_jax.evaluation import metrics
+from trinityx_jax.evaluation import metrics, store
 from trinityx_jax.evaluation.multiple_choice import Question, encode_choices, load_questions, measures
 from trinityx_jax.evaluation.scoring import Scorer, Scores
 from trinityx_jax.experts import TaskVector
@@ -132,9 +132,9 @@ def evaluate(
     extra = 0 if router is None or uncalibrated is None else scorer.batches(held.chosen)
     with progress("evaluate", len(compared) * scorer.batches(rows) + extra) as bar:
         for system, weights in compared.items():
-            store = out / "scores" / f"{system.replace(' ', '-')}.npz"
+            file = out / "scores" / f"{system.replace(' ', '-')}.npz"
             scores[system] = _stored(
-                store, key, bar, scorer.batches(rows),
+                file, key, bar, scorer.batches(rows),
                 lambda w=weights, s=system: scorer.score(
                     rows, weights=w, router=router if w is None else None, on_batch=lambda: bar.advance(s)
                 ),
@@ -209,8 +209,8 @@ def _multiple_choice(
                 nll = scorer.score_continuations(rows, weights=own, router=how, on_batch=lambda: bar.advance(name))
                 return Scores(nll, np.asarray([len(row.ids) - row.prompt_length for row in rows]))
 
-            store = out / "scores" / f"choices-{system.replace(' ', '-')}.npz"
-            found = measures(questions, _stored(store, key, bar, batches, score).nll)
+            file = out / "scores" / f"choices-{system.replace(' ', '-')}.npz"
+            found = measures(questions, _stored(file, key, bar, batches, score).nll)
             for table, values in zip(tables.values(), found, strict=True):
                 table[system] = {title: metrics.share(values, resamples=config.evaluate.bootstrap).as_dict()}
     return tables
@@ -344,25 +344,20 @@ def _digest(parts: Sequence[bytes], start: str) -> str:
 
 def _stored(path: Path, key: str, bar: Any, batches: int, compute: Any) -> Scores:
     """Scores from ``path`` where they were made of the same inputs, else computed and kept there."""
-    if path.exists():
-        with np.load(path, allow_pickle=False) as data:
-            if str(data["key"]) == key:
-                bar.advance("kept", steps=batches)
-                ends = np.cumsum(data["lengths"])[:-1]
-                token_pi = np.split(data["token_pi"], ends) if len(data["lengths"]) else []
-                layer_pi = data["layer_pi"] if len(data["lengths"]) else None
-                return Scores(data["nll"], data["tokens"], token_pi, layer_pi)
+    data = store.load(path, key)
+    if data is not None:
+        bar.advance("kept", steps=batches)
+        ends = np.cumsum(data["lengths"])[:-1]
+        token_pi = np.split(data["token_pi"], ends) if len(data["lengths"]) else []
+        return Scores(data["nll"], data["tokens"], token_pi, data["layer_pi"] if len(data["lengths"]) else None)
     scores = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".partial.npz")
-    np.savez(
-        staging,
-        key=key,
+    store.save(
+        path,
+        key,
         nll=scores.nll,
         tokens=scores.tokens,
         lengths=np.asarray([len(x) for x in scores.token_pi], int),
         token_pi=np.concatenate(scores.token_pi) if scores.token_pi else np.zeros((0, 0)),
         layer_pi=np.zeros(0) if scores.layer_pi is None else scores.layer_pi,
     )
-    staging.replace(path)
     return scores
