@@ -34,6 +34,11 @@ COMMANDS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quick_compilation: None) -> None:
+    """Small programs that run a few times."""
+
+
 def run(capsys, *argv: object) -> tuple[int, str, str]:
     code = cli.main([str(a) for a in argv])
     out = capsys.readouterr()
@@ -216,8 +221,11 @@ def test_full_disk_at_export_leaves_nothing(capsys, tiny_run: Path, tmp_path: Pa
     assert not (tmp_path / "out" / "mocae").exists()
 
 
-def test_a_signal_saves_and_resuming_is_exact(tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_and_resuming_is_exact(
+    tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGTERM in training exits with 75; run again, the result is bit for bit the uninterrupted one's."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of the processes; most of their time is compilation
     flags = ["--out", str(tmp_path / "run"), "--train.steps", "20", "--checkpoint.every", "1000"]
     whole = ["--out", str(tmp_path / "whole"), "--train.steps", "20"]
     command = [sys.executable, "-m", "trinityx_jax", "train-experts", str(tiny_config)]

@@ -19,6 +19,11 @@ from trinityx_jax.exports import export_run
 from trinityx_jax.runs import load_experts, load_router
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quick_compilation: None) -> None:
+    """Small programs that run a few times."""
+
+
 def dense(vector) -> np.ndarray:
     return np.concatenate([np.asarray(vector.dense(site), np.float64).ravel() for site in sorted(vector.sites)])
 

@@ -36,6 +36,11 @@ READINGS = {
 } | {name: preset(name) for name in PRESETS if name not in ("recommended", "literal")}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quick_compilation: None) -> None:
+    """Small programs that run a few times."""
+
+
 @functools.cache
 def make_backbone(tied: bool = True, dtype: str = "float32", **fields) -> Backbone:
     """A tiny LLaMA with grouped heads, head_dim != D / heads, and biases where it is untied."""

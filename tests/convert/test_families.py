@@ -23,6 +23,11 @@ NAMES = ("helpful", "harmless", "honest")
 pytestmark = pytest.mark.torch
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quick_compilation: None) -> None:
+    """Small programs that run a few times."""
+
+
 def draw_vector(config, seed: int, rank: int = 3) -> TaskVector:
     draw = np.random.default_rng(seed)
     sites = {}

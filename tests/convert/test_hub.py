@@ -24,6 +24,11 @@ from trinityx_jax.exports import export_run
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quick_compilation: None) -> None:
+    """Small programs that run a few times."""
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as creating, committing to and downloading a model repository takes."""
 

@@ -26,6 +26,11 @@ TOKENS = np.random.default_rng(0).integers(0, 40, (2, 9))
 NAMES = ("helpful", "harmless", "honest")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quick_compilation: None) -> None:
+    """Small programs that run a few times."""
+
+
 def draw_vector(seed: int) -> TaskVector:
     draw = np.random.default_rng(seed)
     sites: dict[str, Any] = {}
