@@ -129,7 +129,9 @@ def _answers(config: RunConfig, run: OpenRun, routers: dict[str, Router], held: 
     names, resamples = routers["after"].names, config.evaluate.bootstrap
     vectors = {name: run.vectors[name] for name in names}
     scorer = Scorer(run.backbone, vectors, config.dtype, config.evaluate.batch_size)
-    scores = {state: scorer.score(held.chosen, router=router) for state, router in routers.items()}
+    scores = {"before": scorer.score(held.chosen, router=routers["before"])}
+    same = routers["after"].config.calibration == "none"
+    scores["after"] = scores["before"] if same else scorer.score(held.chosen, router=routers["after"])
     out: dict[str, Any] = {}
     for index, name in enumerate(names):
         own = np.flatnonzero(held.objective == index)
@@ -204,9 +206,11 @@ def _measure(
 ) -> dict[str, Any]:
     """Metrics by view, label (the objective's id; of whole rows also the best expert), reading and state."""
     out: dict[str, Any] = {}
+    z: list[np.ndarray] = []
     for own in sets:
         for state, router in routers.items() if own.rows else ():
-            z = reader.logits(router, own.rows)
+            if state == "before" or router.config.calibration != "none":  # which has the same weights
+                z = reader.logits(router, own.rows)
             for view, (ends, pool) in own.views.items():
                 cut = [x[:end] for x, end in zip(z, ends, strict=True)]
                 labels = {"objective": own.labels} | ({"best expert": best} if view == ROWS else {})

@@ -121,8 +121,8 @@ class Comparison:
         if config.system.kind != "mocae":
             return
         check_router(config)
-        done = RunFolder(config.out).done("router") if router_done(config) else None
-        wanted = config.mocae_config().calibration
+        run, wanted = RunFolder(config.out), config.mocae_config().calibration
+        done = run.done("router") if run.info_path.exists() and router_done(config) else None
         if done is not None and done["calibration"] != wanted:
             raise UserError(
                 f"{config.out}: its router was calibrated since ({done['calibration']}), and mocae.calibration says "
@@ -134,8 +134,10 @@ class Comparison:
         made: set[Path] = set()
         for variant in self.variants:
             for config in variant.configs:
-                start = config.router.source if config.system.kind == "mocae" else None
-                if start is not None and router_digest(start) is None and not {*_above(start)} & made:
+                if config.system.kind != "mocae" or config.router.source is None:
+                    continue
+                start = Path(config.router.source).resolve()
+                if router_digest(start) is None and not {start, start.parent} & made:
                     raise UserError(
                         f"{config.out}: router.from: {start} holds no router, and no variant named before trains it"
                     )
@@ -252,11 +254,6 @@ def _routers(config: RunConfig) -> list[Path]:
 def _run_of(path: str) -> Path:
     """The run that a path is, or is a folder of."""
     return next((p for p in (Path(path), *Path(path).parents[:2]) if (p / "run.json").exists()), Path(path))
-
-
-def _above(path: str) -> list[Path]:
-    """A path and the folder that it is in."""
-    return [Path(path).resolve(), Path(path).resolve().parent]
 
 
 def _key(

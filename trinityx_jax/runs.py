@@ -151,14 +151,12 @@ def expert_folders(path: Path) -> dict[str, Path]:
 
 
 def expert_digests(path: str | Path | Mapping[str, str], names: Iterable[str]) -> dict[str, str | None]:
-    """A digest of each expert's weights as ``load_experts`` would find them, a name that it does not know being a path;
-    None of one that is not there."""
+    """A digest of each expert's weights as ``load_experts`` would find them; None of one that is not there."""
     try:
         folders = source_folders(path)
     except UserError:
         folders = {}
-    found = folders | {name: one_expert(name, name) for name in names if name not in folders and Path(name).is_dir()}
-    return {name: _weights_digest(found[name]) if name in found else None for name in names}
+    return {name: _weights_digest(folders[name]) if name in folders else None for name in names}
 
 
 def router_digest(path: str | Path) -> str | None:

@@ -58,7 +58,7 @@ def test_a_row_s_mean_is_the_one_that_the_losses_see() -> None:
     mask = np.arange(7) < np.array([[7], [4], [1], [5]])
     pi = inside.probabilities(f32(Z), f32(0.6), None)
     found = row_means([np.asarray(pi[row])[mask[row]] for row in range(4)])
-    np.testing.assert_allclose(found, losses.row_routing(pi, jnp.asarray(mask))[0], rtol=1e-5)
+    np.testing.assert_allclose(found, losses.row_routing(pi, jnp.asarray(mask), 4)[0], rtol=1e-5)
 
 
 def test_a_pool_of_one_is_the_mean_and_a_sharper_one_undoes_a_flattened_mean() -> None:

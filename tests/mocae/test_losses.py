@@ -48,7 +48,7 @@ REFERENCE = {
 }
 FUNCTIONS: dict[str, Callable[[Any, Any], jax.Array]] = {
     "mean": losses.mean_routing,
-    "row": lambda pi, mask: losses.row_routing(pi, mask, None if mask.dtype == bool else B)[0],
+    "row": lambda pi, mask: losses.row_routing(pi, mask, B)[0],
     "batch_diversity": lambda pi, mask: losses.entropy_loss(pi, mask, "batch_diversity"),
     "token_literal": lambda pi, mask: losses.entropy_loss(pi, mask, "token_literal"),
     "kl": lambda pi, mask: losses.kl_loss(pi, mask, jnp.asarray(PREVIOUS, jnp.float32), "step"),

@@ -20,7 +20,7 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import load_experts, load_router, load_trained_router, open_run, save_expert, save_router
-from trinityx_jax.training.router_stage import router_done, stage_experts, train_router
+from trinityx_jax.training.router_stage import router_done, router_settings, stage_experts, train_router
 
 NAMES = ("helpful", "harmless", "honest")
 AS_TRAINED = ("--mocae.calibration", "none")
@@ -217,3 +217,21 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(UserError, match=says):
         train_router(configure(tiny_config, tmp_path / "new", *words), run.backbone, run.vectors)
     assert not RunFolder(tmp_path / "new").info_path.exists()
+
+
+def test_gamma_s_reference_counts_as_a_setting_and_a_folder_named_like_an_expert_does_not(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--experts.from", str(tiny_run), "--mocae.gamma_reference", str(tmp_path / "against")]
+    config = configure(tiny_config, tmp_path / "new", *flags)
+    found = []
+    for size in (1.0, 2.0):
+        save_expert(size * run.vectors["honest"], tmp_path / "against")
+        found.append(router_settings(config)["weights"])
+    against = str(tmp_path / "against")
+    assert {name for name, own in found[0].items() if own != found[1][name]} == {against}
+    assert None not in found[0].values()
+    (tmp_path / "helpful").mkdir()
+    monkeypatch.chdir(tmp_path)
+    missing = configure(tiny_config, tmp_path / "new", "--experts.from", str(tmp_path / "nowhere"))
+    assert router_settings(missing)["weights"] == dict.fromkeys(NAMES)

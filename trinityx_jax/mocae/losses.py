@@ -25,14 +25,10 @@ def mean_routing(pi: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.einsum("bsle,bs->le", pi, weight) / jnp.maximum(jnp.sum(weight), 1.0)
 
 
-def row_routing(pi: jax.Array, mask: jax.Array, rows: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """pi of each row, averaged over its real tokens and all layers [R,E]; whether it holds a token at all [R].
-
-    Args:
-        rows: R, of a mask that numbers them.
-    """
-    if rows is None:
-        mask, rows = jnp.where(mask, 1 + jnp.arange(len(mask))[:, None], 0), len(mask)
+def row_routing(pi: jax.Array, mask: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """pi of each of R rows, averaged over its real tokens and all layers [R,E]; whether it holds a token at all [R]."""
+    if mask.dtype == bool:
+        mask = jnp.where(mask, 1 + jnp.arange(len(mask))[:, None], 0)
     own = jax.nn.one_hot(mask - 1, rows)  # [B,S,R]; nothing at padding
     count = jnp.sum(own, axis=(0, 1))
     total = jnp.einsum("bse,bsr->re", jnp.mean(pi, axis=2), own, precision="highest")
@@ -81,19 +77,15 @@ def next_previous(mean: jax.Array, previous: jax.Array, kind: str) -> jax.Array:
 
 def gate_loss(pi: jax.Array, mask: jax.Array, objective: jax.Array) -> jax.Array:
     """-log of the row's own objective under its mean routing; objective [R], rows without tokens skip."""
-    mean, some = _rows(pi, mask, objective)
+    mean, some = row_routing(pi, mask, len(objective))
     own, real = jnp.take_along_axis(mean, objective[:, None], axis=1)[:, 0], some.astype(jnp.float32)
     return -jnp.sum(jnp.log(own + TINY) * real) / jnp.maximum(jnp.sum(real), 1.0)
 
 
 def gate_hits(pi: jax.Array, mask: jax.Array, objective: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Per row [R]: whether its mean pi is highest at its own objective; whether it holds a token at all."""
-    mean, real = _rows(pi, mask, objective)
+    mean, real = row_routing(pi, mask, len(objective))
     return (jnp.argmax(mean, axis=-1) == objective) & real, real
-
-
-def _rows(pi: jax.Array, mask: jax.Array, objective: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return row_routing(pi, mask, None if mask.dtype == bool else len(objective))
 
 
 def balance_loss(z: jax.Array, temperature: jax.Array, mask: jax.Array, top_k: int | None) -> jax.Array:

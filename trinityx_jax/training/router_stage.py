@@ -56,14 +56,24 @@ def router_settings(config: RunConfig) -> dict[str, Any]:
     """What of the configuration decides the router that comes out."""
     values = config.model_dump(mode="json", by_alias=True, exclude={"train": {*SAME_RESULT, "anew"}})
     kept = {key: value for key, value in values.items() if key not in UNREPEATED}
-    names = dict.fromkeys([*config.experts.names, *filter(None, [config.mocae_config().gamma_reference])])
-    source = config.experts.source or config.out
-    kept["weights"] = None if source == SCRATCH else expert_digests(source, names)
+    kept["weights"] = _digests(config)
     kept["mocae"] = dataclasses.asdict(config.mocae_config())
     del kept["router"]
     if config.router.source is not None:
         kept["router"] = {"from": config.router.source, "weights": router_digest(config.router.source)}
     return kept | data_settings(config, config.data)
+
+
+def _digests(config: RunConfig) -> dict[str, str | None] | None:
+    """Of the weights of the experts that it begins with, and of gamma's reference; None where they are new."""
+    source, reference = config.experts.source or config.out, config.mocae_config().gamma_reference
+    if source == SCRATCH:
+        return None
+    names = [*config.experts.names, *([] if reference is None else [reference])]
+    found = expert_digests(source, names)
+    if reference is not None and found[reference] is None:  # a path
+        found |= expert_digests({reference: reference}, [reference])
+    return found
 
 
 def router_done(config: RunConfig) -> bool:
