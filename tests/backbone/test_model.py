@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import subprocess
 import sys
@@ -151,6 +152,27 @@ def test_cache_gives_the_same_states(params):
     assert cache.keys.shape == (2, 3, 16, 2, 12)
     difference = np.abs(np.asarray(jnp.concatenate(parts, axis=1)) - np.asarray(whole))[np.asarray(mask)]
     assert difference.max() <= 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_packed_sequences_go_on_from_a_cache_each_alone(window):
+    """Two rows of unlike length in a cache, then two and one continuations, against each whole sequence alone."""
+    plain = dict.fromkeys(("attention_bias", "output_bias", "mlp_bias"), False)
+    config = dataclasses.replace(TINY, family="mistral", sliding_window=window, **plain)
+    params = jax.tree.map(lambda x: 5 * x, init_params(config))
+    decoder = Decoder(config, base_feed_forward(config))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 6)))
+    more = jnp.asarray(np.random.default_rng(1).integers(0, 61, (2, 5)))
+    run = functools.partial(jax.jit(decoder.apply), {"params": params})
+    started = jnp.arange(6) < jnp.asarray([[6], [4]])  # padding stays between a row and what goes on from it
+    cache = run(tokens, started, None, empty_cache(config, 2, 11, jnp.float32))[2]
+    segments = jnp.asarray([[1, 1, 2, 2, 2], [4, 4, 4, 0, 0]])
+    states, _, none = run(more, segments, None, cache)
+    assert none is None
+    for row, (start, end), length in ((0, (0, 2), 6), (0, (2, 5), 6), (1, (0, 3), 4)):
+        whole = jnp.concatenate([tokens[row, :length], more[row, start:end]])[None]
+        alone = run(whole, jnp.ones(whole.shape, bool))[0]
+        np.testing.assert_allclose(states[row, start:end], alone[0, length:], atol=1e-5)
 
 
 # --- configuration ---

@@ -12,6 +12,7 @@ import pytest
 
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
+from trinityx_jax.evaluation import continuations
 from trinityx_jax.evaluation.multiple_choice import encode_choices, load_questions, measures
 from trinityx_jax.evaluation.scoring import Scorer
 from trinityx_jax.runs import need_router, open_run
@@ -94,6 +95,9 @@ def test_what_rows_share_is_run_once_with_the_same_result(questions: Any, tiny_r
         scorer.score_continuations(same, weights=np.zeros(3)), scorer.score(same, weights=np.zeros(3)).nll, rtol=1e-5
     )
     other = [Encoded(np.arange(6) + i, 3) for i in (0, 7)]  # nothing is
+    other += [Encoded(np.arange(3 + n) * 2, 3) for n in (1, 4, 2, 4)] + other[:1]  # more than a batch, unevenly
+    other += [Encoded(np.arange(9) + i, 1 + i) for i in range(6)]
+    assert scorer.continuation_batches(other) == len(continuations.batches(other, 4)[2]) == 3
     np.testing.assert_allclose(
         scorer.score_continuations(other, weights=np.zeros(3)), scorer.score(other, weights=np.zeros(3)).nll, rtol=1e-5
     )

@@ -150,7 +150,8 @@ class Decoder(nn.Module):
     def __call__(
         self,
         tokens: jax.Array,  # [B,S]
-        mask: jax.Array,  # [B,S] bool, or integers: 0 at padding, 1, 2, ... in sequences packed into a row
+        mask: jax.Array,  # [B,S] bool, or integers: 0 at padding, 1, 2, ... in sequences packed into a row; after a
+        # cache each of them goes on from it alone, and no cache comes back
         inputs: Any = None,  # pytree of [L,...], one slice a layer for the feed-forward
         cache: Cache | None = None,
         handed: Any = None,  # what the first layer is handed down (see Block)
@@ -179,7 +180,7 @@ class Decoder(nn.Module):
         h = layers.rms_norm(h, Norm(c.hidden_size, c.norm_offset, name="norm")(), c.rms_norm_eps, c.norm_offset)
         if cache is not None:
             keys, values = out["kv"]
-            cache = cache.extended(keys, values, mask)
+            cache = cache.extended(keys, values, mask) if mask.dtype == bool else None
         return h, out["aux"], cache
 
 
@@ -197,29 +198,29 @@ def _attention_inputs(config: BackboneConfig, mask: jax.Array, cache: Cache | No
     """What every layer shares (rotary tables, the [B,S,T] mask) and what it gets a slice of."""
     length = mask.shape[1]
     segments = None if mask.dtype == bool else mask
-    if segments is not None and cache is not None:
-        raise ValueError("a cache holds one sequence a row, not packed ones")
     mask = mask.astype(bool)
-    if cache is None:
-        seen, before = mask, jnp.zeros((), jnp.int32)
-    else:
-        seen = jax.lax.dynamic_update_slice_in_dim(cache.filled, mask, cache.length, axis=1)
-        before = cache.length
+    past, before = (jnp.zeros_like(mask), jnp.zeros((), jnp.int32)) if cache is None else (cache.filled, cache.length)
+
+    def placed(new: jax.Array, among: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(among, new, before, axis=1)
+
+    seen = placed(mask, past)
     # positions count real tokens, so that padding on either side changes nothing
-    position = jnp.maximum(jnp.cumsum(seen, axis=1) - 1, 0)
-    position = jax.lax.dynamic_slice_in_dim(position, before, length, axis=1)
+    counted = jnp.maximum(jnp.cumsum(seen, axis=1) - 1, 0)
+    position = jax.lax.dynamic_slice_in_dim(counted, before, length, axis=1)
     query, key = before + jnp.arange(length), jnp.arange(seen.shape[1])
     allowed = seen[:, None, :] & (key[None, :] <= query[:, None])[None]
-    if segments is not None:
-        position = jnp.arange(length) - _starts(segments)
-        allowed = allowed & (segments[:, None, :] == segments[:, :, None])
+    if segments is not None:  # each goes on from what the cache holds
+        position = jnp.sum(past, axis=1, keepdims=True) + jnp.arange(length) - _starts(segments)
+        own = placed(segments, jnp.zeros(seen.shape, segments.dtype))
+        allowed = allowed & ((own[:, None, :] == segments[:, :, None]) | (key < before))
     rotary = layers.rotary_tables(position, config.head_dim, config.rope_theta, config.rope_scaling)
     shared = {"rotary": rotary, "mask": allowed, "slot": before}
     layer: dict[str, Any] = {} if cache is None else {"cache": (cache.keys, cache.values)}
     if config.sliding_window is not None:
         windows = [config.layer_window(i) or NO_WINDOW for i in range(config.num_layers)]
         layer["window"] = jnp.asarray(windows, jnp.int32)
-        shared["distance"] = query[:, None] - key[None, :]
+        shared["distance"] = position[:, :, None] - placed(position, counted)[:, None]
     return shared, layer
 
 

@@ -69,7 +69,7 @@ def make_batch(
     """
     slots: list[Slot] = [() if r is None else (r,) if isinstance(r, Encoded) else r for r in rows]
     size = length or bucket(max((_tokens(slot) for slot in slots), default=0))
-    batch = _filled([list(enumerate(slot, 1)) for slot in slots], objective, pad_id, size)
+    batch = filled([list(enumerate(slot, 1)) for slot in slots], objective, pad_id, size)
     return batch if packed else dataclasses.replace(batch, mask=batch.mask > 0)
 
 
@@ -89,7 +89,7 @@ def joined(rows: Sequence[Encoded | None], objective: Sequence[int], pad_id: int
     least = min(size * count for size, count in slots.items())
     size = next(size for size, count in slots.items() if size * count <= 1.5 * least)
     plan = [[(i + 1, rows[i]) for i in slot] for slot in plans[size]]
-    return _filled(plan + [[]] * (slots[size] - len(plan)), objective, pad_id, size)
+    return filled(plan + [[]] * (slots[size] - len(plan)), objective, pad_id, size)
 
 
 def _few(count: int) -> int:
@@ -98,8 +98,8 @@ def _few(count: int) -> int:
     return -(-count // step) * step
 
 
-def _filled(slots: Sequence[Sequence[tuple[int, Encoded]]], objective: Sequence[int], pad_id: int, size: int) -> Batch:
-    """Slots of numbered rows, one after another."""
+def filled(slots: Sequence[Sequence[tuple[int, Encoded]]], objective: Sequence[int], pad_id: int, size: int) -> Batch:
+    """Slots of numbered rows, one after another: the mask holds the numbers."""
     tokens = np.full((len(slots), size), pad_id, np.int32)
     segments = np.zeros((len(slots), size), np.int32)
     where: list[np.ndarray] = [np.zeros(0, int)]

@@ -14,6 +14,7 @@ from trinityx_jax.backbone import Backbone, Cache, empty_cache
 from trinityx_jax.backbone.products import activations, packed
 from trinityx_jax.data.batching import evaluation_batches
 from trinityx_jax.data.templates import Encoded
+from trinityx_jax.evaluation import continuations
 from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.mocae import Router, hidden_states, token_routing
 from trinityx_jax.mocae.model import prepared
@@ -44,7 +45,10 @@ class Scorer:
         def row_nll(base: Any, hidden: jax.Array, batch: Any) -> jax.Array:
             nll = supervised_nll(base, config, hidden, batch)
             rows, length = batch["tokens"].shape
-            return jax.ops.segment_sum(nll, batch["where"] // length, rows)
+            if batch["mask"].dtype == bool:
+                return jax.ops.segment_sum(nll, batch["where"] // length, rows)
+            number = batch["mask"].reshape(-1)[batch["where"]]
+            return jax.ops.segment_sum(nll, number - 1, len(batch["objective"]))
 
         @jax.jit
         def static(base: Any, experts: Any, weights: jax.Array, batch: Any) -> jax.Array:
@@ -66,16 +70,17 @@ class Scorer:
 
         @jax.jit
         def prefix(base: Any, experts: Any, how: Any, tokens: jax.Array) -> Any:
-            cache = empty_cache(config, 1, tokens.shape[1], kind)
-            mask = jnp.ones(tokens.shape, bool)
+            cache, mask = empty_cache(config, 1, tokens.shape[1], kind), jnp.ones(tokens.shape, bool)
+            if not tokens.size:
+                return cache
             return hidden_states(base, config, tokens, mask, experts=experts, **how, cache=cache, dtype=kind)[2]
 
         @jax.jit
-        def after(base: Any, experts: Any, how: Any, cache: Cache, batch: Any) -> jax.Array:
-            cache = _spread(cache, *batch["tokens"].shape)
-            hidden, _, _ = hidden_states(
-                base, config, batch["tokens"], batch["mask"], experts=experts, **how, cache=cache, dtype=kind
-            )
+        def after(base: Any, experts: Any, how: Any, cache: Cache, stems: Any, batch: Any) -> jax.Array:
+            own: Any = {"experts": experts, "dtype": kind, **how}
+            room = _spread(cache, len(batch["tokens"]), stems["tokens"].shape[1] + batch["tokens"].shape[1])
+            begun = hidden_states(base, config, stems["tokens"], stems["mask"], cache=room, **own)[2]
+            hidden, _, _ = hidden_states(base, config, batch["tokens"], batch["mask"], cache=begun, **own)
             return row_nll(base, hidden, batch)
 
         self._static, self._routed, self._prefix, self._after = static, routed, prefix, after
@@ -86,7 +91,7 @@ class Scorer:
 
     def continuation_batches(self, rows: Sequence[Encoded]) -> int:
         """How many batches ``score_continuations`` will run."""
-        return self.batches(_distinct(rows)[0])
+        return -(-len({row.ids[: row.prompt_length].tobytes() for row in rows}) // self.batch_size)
 
     def score(
         self,
@@ -142,37 +147,17 @@ class Scorer:
         router: Router | None = None,
         on_batch: Callable[[], None] = lambda: None,
     ) -> np.ndarray:
-        """As ``score``'s nll [n], for rows that begin alike: what all share, and equal rows, run once."""
-        rows, place = _distinct(rows)
-        shared = min(_alike([row.ids for row in rows]), *(row.prompt_length - 1 for row in rows))
-        function, (base, experts, how) = self._run(weights, router)
+        """As ``score``'s nll [n], for rows that begin alike: what all share, what the answers to one prompt share, and
+        equal rows run once."""
+        _, (base, experts, how) = self._run(weights, router)
         named = {"weights": how} if router is None else {"router": how}
-        out = np.zeros(len(rows))
-        rest = [Encoded(row.ids[shared:], row.prompt_length - shared, row.place) for row in rows]
-        cache = self._prefix(base, experts, named, jnp.asarray(rows[0].ids[None, :shared])) if shared else None
-        for index, batch in evaluation_batches(rest, [0] * len(rows), self.batch_size, 0):
-            if cache is None:
-                nll = jax.tree.leaves(function(base, experts, how, batch.arrays()))[0]
-            else:
-                nll = self._after(base, experts, named, cache, batch.arrays())
-            out[index] = np.asarray(nll)[: len(index)]
+        shared, place, batches = continuations.batches(rows, self.batch_size)
+        cache = self._prefix(base, experts, named, jnp.asarray(shared[None]))
+        out: list[np.ndarray] = []
+        for stems, batch in batches:
+            out.append(np.asarray(self._after(base, experts, named, cache, stems.arrays(), batch.arrays())))
             on_batch()
-        return out[place]
-
-
-def _distinct(rows: Sequence[Encoded]) -> tuple[list[Encoded], np.ndarray]:
-    """Rows without repetition, and where each of ``rows`` stands among them."""
-    places: dict[tuple[bytes, int], int] = {}
-    place = np.asarray([places.setdefault((r.ids.tobytes(), r.prompt_length), len(places)) for r in rows], int)
-    firsts = np.unique(place, return_index=True)[1]
-    return [rows[int(i)] for i in firsts], place
-
-
-def _alike(rows: Sequence[np.ndarray]) -> int:
-    """Of how many tokens the beginning is the same in all rows."""
-    size = min(map(len, rows))
-    same = np.all(np.stack([row[:size] for row in rows]) == rows[0][:size], axis=0)
-    return size if same.all() else int(np.argmin(same))
+        return np.concatenate(out)[place]
 
 
 def _weights(weights: np.ndarray | None) -> jax.Array | None:
