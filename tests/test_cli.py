@@ -25,6 +25,7 @@ COMMANDS = [
     "calibrate",
     "compare",
     "sweep",
+    "table",
     "vectors show",
     "data show",
     "generate",

@@ -124,6 +124,15 @@ def test_what_is_done_is_not_done_again(compared: Any, capsys: Any, monkeypatch:
     assert (out / "comparison.md").read_text().count("| oracle |") == 2 + len(NAMES)
 
 
+def test_a_table_of_measurements_is_the_comparison_s_own(compared: Any, tmp_path: Path) -> None:
+    out = compared[0]
+    command = ["table", str(out / "measurements.npz"), "--out", str(tmp_path), "--bootstrap", "100"]
+    assert cli.main(command) == 0
+    found, expected = (json.loads((path / "comparison.json").read_text()) for path in (tmp_path, out))
+    del expected["answers"]
+    assert found == expected
+
+
 def test_a_sweep_over_seeds_averages_them(router_config: Path, tiny_run: Path, tmp_path: Path) -> None:
     """Of merges, which need no training, each seed's of its own experts."""
     for seed in (0, 1):

@@ -18,6 +18,7 @@ from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.data.formats import Example
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
+from trinityx_jax.evaluation import measurements
 from trinityx_jax.evaluation.answers import first_prompts
 from trinityx_jax.evaluation.comparison import Columns, comparison, markdown
 from trinityx_jax.evaluation.heldout import HeldOut, choices, digest_of, load_held_out, truthful
@@ -46,7 +47,8 @@ class Comparison:
         self._found: dict[str, Columns] = {}  # by digest: the base is the same for every seed
 
     def run(self, against: str | None = None) -> dict[str, Any]:
-        """Every variant's numbers, which are also written as ``comparison.json`` and ``comparison.md``.
+        """Every variant's numbers, which are also written as ``comparison.json`` and ``comparison.md``, and row by row
+        as ``measurements.npz``.
 
         Args:
             against: the variant that others' log perplexity is compared with; the first by default.
@@ -63,14 +65,16 @@ class Comparison:
         self._check_starts()
         first = self._first
         self._check_rows()
-        columns: dict[str, list[Columns]] = {label: [] for label in labels}
+        columns: dict[str, dict[str, Columns]] = {label: {} for label in labels}
         answers: dict[str, list[str]] = {}
         for variant in self.variants:
             for config in variant.configs:
                 found, own = self._measured(variant.label, config, answers=config is variant.configs[0])
-                columns[variant.label].append(found)
+                columns[variant.label][str(config.seed)] = found
                 answers.setdefault(variant.label, own)
-        results = comparison(columns, first.experts.names, against or labels[0], first.evaluate.bootstrap)
+        measurements.save(self.out / "measurements.npz", columns, self._facts())
+        every = {label: list(seeds.values()) for label, seeds in columns.items()}
+        results = comparison(every, first.experts.names, against or labels[0], first.evaluate.bootstrap)
         results["answers"] = [
             {"objective": name, "prompt": example.prompt, "reference": example.response}
             | {"answers": {label: own[place] for label, own in answers.items()}}
@@ -79,6 +83,15 @@ class Comparison:
         write_json(self.out / "comparison.json", results)
         write_text(self.out / "comparison.md", markdown(results))
         return results
+
+    def _facts(self) -> dict[str, Any]:
+        """What other measurements must have in common with these, to stand beside them."""
+        rows = [*self._held.chosen, *self._held.rejected, *self._asked[1]]
+        true = [[question.true, question.single_true] for question in self._asked[0]]
+        model = self._backbone(self._first).fingerprint
+        return {
+            "rows": digest_of([], jax.tree.leaves(true), rows), "model": model, "objectives": self._first.experts.names
+        }  # fmt: skip
 
     @functools.cached_property
     def _held(self) -> HeldOut:

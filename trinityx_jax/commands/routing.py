@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from trinityx_jax.commands.common import (
     OK,
@@ -27,6 +27,7 @@ Fit = Annotated[
     Literal["none", "temperature", "expert", "layer"] | None,
     arg(metavar="{none,temperature,expert,layer}", help_behavior_hint="(default: mocae.calibration, or temperature)"),
 ]
+Files = Positional[Annotated[Sequence[str], arg(metavar="FILE ...", help_behavior_hint="")]]
 To = Annotated[
     Literal["objective", "row", "token"] | None,
     arg(metavar="{objective,row,token}", help_behavior_hint="(default: objective)"),
@@ -111,6 +112,37 @@ def sweep(
     return _compared(config, rest, own, over=parse_grid([*over, *swept]))
 
 
+def table(files: Files, against: str | None = None, out: str | None = None, bootstrap: int = 1000) -> int:
+    """One table of what several comparisons measured, on one machine or many: FILE ...
+
+    Of systems that several files hold, the seeds are averaged. All must have measured on the same rows.
+
+    Args:
+        files: the measurements.npz of runs of trinityx compare or sweep.
+        against: the system that others are compared with, row by row; by default the first.
+        out: folder to write comparison.json and .md to.
+        bootstrap: resamples behind an interval.
+    """
+    from trinityx_jax.evaluation.comparison import comparison, markdown, tables
+    from trinityx_jax.evaluation.measurements import joined
+    from trinityx_jax.files import write_json, write_text
+
+    if not files:
+        raise UserError("table: name the measurements.npz of a comparison")
+    if bootstrap < 1:
+        raise UserError(f"--bootstrap: {bootstrap} is not 1 or more")
+    columns, facts = joined([Path(file) for file in files])
+    if against not in (None, *columns):
+        raise UserError(f"--against: {against!r} is not one of {', '.join(columns)}")
+    results = comparison(columns, facts["objectives"], against or next(iter(columns)), bootstrap)
+    show(tables(results))
+    if out is not None:
+        write_json(Path(out) / "comparison.json", results)
+        write_text(Path(out) / "comparison.md", markdown(results))
+        print(f"wrote {Path(out) / 'comparison.json'}, {Path(out) / 'comparison.md'}")
+    return OK
+
+
 def _compared(config: str, rest: Sequence[str], own: dict[str, str | None], **what: Any) -> int:
     from trinityx_jax.compare import Comparison
     from trinityx_jax.config import load_config
@@ -128,4 +160,4 @@ def _compared(config: str, rest: Sequence[str], own: dict[str, str | None], **wh
     return OK
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"calibrate": calibrate, "compare": compare, "sweep": sweep}
+COMMANDS: dict[str, Callable[..., int]] = {"calibrate": calibrate, "compare": compare, "sweep": sweep, "table": table}

@@ -227,7 +227,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         if rows:
             lines = [[h.replace("\n", " ") for h in headings], ["---"] * len(headings), *rows]
             texts.append(f"### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
-    return "\n\n".join([*texts, *map(_side_by_side, results["answers"])]) + "\n"
+    return "\n\n".join([*texts, *map(_side_by_side, results.get("answers", ()))]) + "\n"
 
 
 def _side_by_side(row: Mapping[str, Any]) -> str:
