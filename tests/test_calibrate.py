@@ -15,10 +15,10 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 import trinityx_jax as tx
 from trinityx_jax import cli
-from trinityx_jax.calibrate import EQUAL, MEAN, POOLED, PROMPTS, ROWS, TOKENS, UNSEEN, _held_out
+from trinityx_jax.calibrate import MEAN, POOLED, TOKENS, UNSEEN
 from trinityx_jax.config import load_config
 from trinityx_jax.data.templates import Encoded
-from trinityx_jax.evaluation.heldout import load_held_out
+from trinityx_jax.evaluation.held_rows import EQUAL, PROMPTS, ROWS, load_held_out
 from trinityx_jax.runs import open_run
 from trinityx_jax.training.rows import load_training_rows
 
@@ -242,12 +242,12 @@ def test_templates_that_differ_are_made_one(run: Path) -> None:
     path.write_text(yaml.safe_dump(config))
     opened = open_run(run)
     held = load_held_out(load_config(path), list(NAMES), opened.backbone)
-    own, equal = _held_out(load_config(path), opened, NAMES, held)
+    own, equal = held.views(load_config(path), opened.backbone, NAMES)
     assert (set(own.views), set(equal.views)) == ({ROWS, PROMPTS}, {EQUAL})
     config["data"]["honest"]["template"] = "auto"
     path.write_text(yaml.safe_dump(config))
     auto = load_held_out(load_config(path), list(NAMES), opened.backbone)
-    (alike,) = _held_out(load_config(path), opened, NAMES, auto)
+    (alike,) = auto.views(load_config(path), opened.backbone, NAMES)
     for found, expected in zip(equal.rows, auto.chosen, strict=True):
         np.testing.assert_array_equal(found.ids, expected.ids)
     assert equal.views[EQUAL] == alike.views[EQUAL]

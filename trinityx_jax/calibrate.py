@@ -20,7 +20,7 @@ from trinityx_jax.data.templates import Encoded, encode_prompts
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import figures, metrics
 from trinityx_jax.evaluation.expert_losses import ExpertLosses, expert_losses
-from trinityx_jax.evaluation.heldout import HeldOut, load_held_out, one_template
+from trinityx_jax.evaluation.held_rows import EQUAL, ROWS, HeldOut, Rows, load_held_out, matched_length
 from trinityx_jax.evaluation.scoring import Scorer
 from trinityx_jax.evaluation.suite import check_overrides
 from trinityx_jax.experts import stack
@@ -45,18 +45,7 @@ SHOWN = {
     "nll": "NLL",
 }
 TOKENS, MEAN, POOLED = "token", "row mean", "row"  # readings of a row's routing
-ROWS, PROMPTS, UNSEEN = "held-out rows", "held-out prompts", "unseen prompts"
-EQUAL = "one template, matched lengths"  # neither style of a data set's prompts nor length of its rows tells
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Rows, the objective of each [n], and what is measured of them: by name how many of its tokens each row counts
-    with [n], and which pool makes their mean probabilities."""
-
-    rows: list[Encoded]
-    labels: np.ndarray
-    views: Mapping[str, tuple[list[int], str]] = dataclasses.field(default_factory=dict)
+UNSEEN = "unseen prompts"
 
 
 def calibrate_run(
@@ -88,7 +77,7 @@ def calibrate_run(
     file = run.folder.path / "config-router.yaml"
     plain, config = load_config(file), load_config(file, overrides)  # other test rows change no training row
     held = load_held_out(config, names, run.backbone)
-    sets = [*_held_out(config, run, names, held), _unseen(config, plain, run, names)]
+    sets = [*held.views(config, run.backbone, names), _unseen(config, plain, run, names)]
     settings = (run.backbone, stack([run.vectors[name] for name in names]), config.dtype, config.evaluate.batch_size)
     fitted_on = _calibration_rows(plain, run, names)
     batches = [-(-len(rows) // config.evaluate.batch_size) for rows in (fitted_on.rows, held.chosen)]
@@ -108,7 +97,7 @@ def calibrate_run(
         "temperature": {name: np.asarray(state.temperature).tolist() for name, state in states.items()},
         "pool": {key: np.asarray(x).tolist() for key, x in after.pool.items()},
         "rows": {what: np.bincount(index, minlength=len(names)).tolist() for what, index in labels.items()},
-        "matched_length": next(part.views[EQUAL][0][0] for part in sets if EQUAL in part.views),
+        "matched_length": matched_length(sets),
         "perplexity": _answers(config, run, states, held),
         "routing": _measure(config, reader, states, sets, best),
     }
@@ -154,17 +143,6 @@ def _as_trained(run: OpenRun) -> Router:
     if start.config.routing == "uniform":
         raise UserError(f"{path}: its routing is uniform; there is nothing to calibrate")
     return start
-
-
-def _held_out(config: RunConfig, run: OpenRun, names: Sequence[str], held: HeldOut) -> list[Rows]:
-    """The test rows whole, their prompts, and as many of their first tokens as all have, in one template."""
-    equal = one_template(config, run.backbone, names, held)
-    ends = [[len(row.ids) for row in held.chosen], [row.prompt_length for row in held.chosen]]
-    views = {ROWS: (ends[0], "row"), PROMPTS: (ends[1], "prompt")}
-    matched = {EQUAL: ([min(len(row.ids) for row in equal)] * len(equal), "prompt")}
-    if equal is held.chosen:
-        return [Rows(held.chosen, held.objective, views | matched)]
-    return [Rows(held.chosen, held.objective, views), Rows(equal, held.objective, matched)]
 
 
 def _targets(to: str, losses: ExpertLosses, temperatures: np.ndarray, own: Rows) -> list[Target]:

@@ -21,7 +21,8 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import measurements
 from trinityx_jax.evaluation.answers import first_prompts
 from trinityx_jax.evaluation.comparison import Columns, comparison, markdown
-from trinityx_jax.evaluation.heldout import HeldOut, choices, digest_of, load_held_out, truthful
+from trinityx_jax.evaluation.held_rows import HeldOut, load_held_out
+from trinityx_jax.evaluation.heldout import choices, digest_of, truthful
 from trinityx_jax.evaluation.multiple_choice import Question, measures
 from trinityx_jax.evaluation.systems import System, build, cost
 from trinityx_jax.experts import TaskVector

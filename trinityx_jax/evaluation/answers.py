@@ -9,7 +9,8 @@ from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig
 from trinityx_jax.data.formats import Example
 from trinityx_jax.data.templates import encode_prompts
-from trinityx_jax.evaluation.heldout import BASE, MOCAE, held_out_pairs, in_order
+from trinityx_jax.evaluation.held_rows import held_out_pairs
+from trinityx_jax.evaluation.heldout import BASE, MOCAE, in_order
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.generation.answers import answer_routing
 from trinityx_jax.generation.decode import generate_ids

@@ -14,12 +14,11 @@ import numpy as np
 
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig
-from trinityx_jax.data import templates
-from trinityx_jax.data.formats import Pair, get_format
-from trinityx_jax.data.objectives import load_pairs
+from trinityx_jax.data.formats import get_format
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import metrics, store
+from trinityx_jax.evaluation.held_rows import HeldOut, load_held_out, matched_length
 from trinityx_jax.evaluation.multiple_choice import Question, encode_choices, load_questions, measures
 from trinityx_jax.evaluation.scoring import Scorer, Scores
 from trinityx_jax.experts import TaskVector
@@ -27,20 +26,9 @@ from trinityx_jax.files import write_json
 from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled_rows
 from trinityx_jax.progress import progress
-from trinityx_jax.sections import DataConfig
 
 MOCAE, MERGE, BASE = "MoCaE", "naive merge", "base"
 CALIBRATED = ", calibrated"  # a mean of rows' routing made probabilities by the router's pool
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """Test pairs of all objectives, flat, each with its objective's index."""
-
-    pairs: list[Pair]
-    objective: np.ndarray
-    chosen: list[Encoded]
-    rejected: list[Encoded]
 
 
 def in_order(config: RunConfig, vectors: Mapping[str, TaskVector], router: Router | None) -> dict[str, TaskVector]:
@@ -54,45 +42,6 @@ def in_order(config: RunConfig, vectors: Mapping[str, TaskVector], router: Route
         if set(found) != set(names):
             raise UserError(f"the {what} are {', '.join(found)}; expected {', '.join(names)}")
     return {name: vectors[name] for name in names}
-
-
-def load_held_out(config: RunConfig, names: Sequence[str], backbone: Backbone) -> HeldOut:
-    """The test rows of every objective, in the order of ``names``, each tokenised in its own template.
-
-    Raises:
-        UserError: an objective names no test rows, or they cannot be read.
-    """
-    pairs: list[Pair] = []
-    objective: list[int] = []
-    chosen: list[Encoded] = []
-    rejected: list[Encoded] = []
-    for index, name in enumerate(names):
-        for data, own in held_out_pairs(config, name):
-            for target, kind in ((chosen, "chosen"), (rejected, "rejected")):
-                part, what = [getattr(p, kind) for p in own], f"{name}, {kind} answers of test rows"
-                target += templates.encode(data.template, part, backbone.tokenizer, config.train.seq_len, what)
-            pairs += own
-            objective += [index] * len(own)
-    return HeldOut(pairs, np.asarray(objective), chosen, rejected)
-
-
-def held_out_pairs(config: RunConfig, name: str, limit: int | None = None) -> list[tuple[DataConfig, list[Pair]]]:
-    """An objective's test pairs, with the entry of ``data`` that they come from: of a mix, every part's.
-
-    Args:
-        limit: of each part, in place of its ``test_limit``.
-
-    Raises:
-        UserError: no test rows are named, or they cannot be read.
-    """
-    out = []
-    for part, data in config.parts(name).items():
-        if data.test is None:
-            raise UserError(f"data.{part}.test: no test rows are named, evaluation needs them")
-        size = limit or data.test_limit
-        kind, fields = data.schema_of("test")
-        out.append((data, load_pairs(data.test, kind, data.test_split, size, data.skip_bad, fields)))
-    return out
 
 
 def systems(names: list[str]) -> dict[str, np.ndarray | None]:
@@ -260,58 +209,26 @@ def _routing(
     found: Scores,
     before: Scores | None,
 ) -> dict[str, Any]:
-    """Routing metrics on whole rows, on prompts only, and with template and length made equal."""
+    """Routing metrics of every view of the test rows; where the router has a pool, of means as probabilities too."""
     n, names = len(held.pairs), list(router.names)
-    options = {"resamples": config.evaluate.bootstrap}
-    whole = found.token_pi[:n]
-    length, equal = _one_template(config, backbone, scorer, router, held, whole)
-    starts = [pi[: row.prompt_length] for pi, row in zip(whole, held.chosen, strict=True)]
-    variants = {
-        "held-out rows": np.stack([pi.mean(axis=0) for pi in whole]),
-        "prompts only": np.stack([pi.mean(axis=0) for pi in starts]),
-        "one template, matched lengths": equal,
-    }
-    if router.pool:  # the same as probabilities (METHOD 4): of rows, and of prompts
-        pools = {"held-out rows": "row", "prompts only": "prompt", "one template, matched lengths": "prompt"}
-        variants = {
-            reading: p
-            for name, means in variants.items()
-            for reading, p in ((name, means), (f"{name}{CALIBRATED}", pooled_rows(router, means, pools[name])))
-        }
+    variants: dict[str, np.ndarray] = {}
+    sets = held.views(config, backbone, names)
     if before is not None:
-        uncalibrated = np.stack([pi.mean(axis=0) for pi in before.token_pi])
-        variants = {"before calibration": uncalibrated, **variants}
+        variants["before calibration"] = np.stack([pi.mean(axis=0) for pi in before.token_pi])
+    for own in sets:
+        pi = found.token_pi[:n] if own.rows is held.chosen else scorer.score(own.rows, router=router).token_pi
+        for view, (ends, pool) in own.views.items():
+            variants[view] = np.stack([x[:end].mean(axis=0) for x, end in zip(pi, ends, strict=True)])
+            if router.pool:
+                variants[f"{view}{CALIBRATED}"] = pooled_rows(router, variants[view], pool)
+    options = {"resamples": config.evaluate.bootstrap}
     assert found.layer_pi is not None
     layers = {m: found.layer_pi[:n][held.objective == i].mean(axis=0).tolist() for i, m in enumerate(names)}
     return {
         "routing": {v: metrics.routing_report(p, held.objective, names, **options) for v, p in variants.items()},
-        "matched_length": length,
+        "matched_length": matched_length(sets),
         "layer_routing": layers,
     }
-
-
-def _one_template(
-    config: RunConfig, backbone: Backbone, scorer: Scorer, router: Router, held: HeldOut, whole: list[np.ndarray]
-) -> tuple[int, np.ndarray]:
-    """(length, pi [n,E]) over the first tokens of each row, as many as the shortest has, one template for all.
-
-    A causal model routes a row's beginning as if it stood alone, so a row is cut by averaging over
-    its first tokens; rows are run again only where the objectives' templates differ.
-    """
-    rows = one_template(config, backbone, router.names, held)
-    if rows is not held.chosen:
-        whole = scorer.score(rows, router=router).token_pi
-    length = min(len(pi) for pi in whole)
-    return length, np.stack([pi[:length].mean(axis=0) for pi in whole])
-
-
-def one_template(config: RunConfig, backbone: Backbone, names: Sequence[str], held: HeldOut) -> list[Encoded]:
-    """The test rows, all in the tokenizer's own template where the objectives' differ."""
-    parts = [data for name in names for data in config.parts(name).values()]
-    if len({templates.resolve(data.template, backbone.tokenizer) for data in parts}) == 1:
-        return held.chosen
-    common = templates.resolve("auto", backbone.tokenizer)
-    return templates.encode(common, [p.chosen for p in held.pairs], backbone.tokenizer, config.train.seq_len)
 
 
 def _key(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 
 from trinityx_jax.config import parse_config
-from trinityx_jax.evaluation.heldout import held_out_pairs, load_held_out
+from trinityx_jax.evaluation.held_rows import held_out_pairs, load_held_out
 
 DATA = {
     "helpful": {"format": "alpaca", "source": "samples/helpful-train.jsonl", "test": "samples/helpful-test.jsonl"},

@@ -1,0 +1,107 @@
+"""The test rows of every objective, and what of them a router's forecast is measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.config import RunConfig
+from trinityx_jax.data import templates
+from trinityx_jax.data.formats import Pair
+from trinityx_jax.data.objectives import load_pairs
+from trinityx_jax.data.templates import Encoded
+from trinityx_jax.errors import UserError
+from trinityx_jax.sections import DataConfig
+
+ROWS, PROMPTS = "held-out rows", "prompts only"
+EQUAL = "one template, matched lengths"  # neither style of a data set's prompts nor length of its rows tells
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows, the objective of each [n], and what is measured of them: by name how many of its tokens each row counts
+    with [n], and which pool makes their mean probabilities."""
+
+    rows: list[Encoded]
+    labels: np.ndarray
+    views: Mapping[str, tuple[list[int], str]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Test pairs of all objectives, flat, each with its objective's index."""
+
+    pairs: list[Pair]
+    objective: np.ndarray
+    chosen: list[Encoded]
+    rejected: list[Encoded]
+
+    def views(self, config: RunConfig, backbone: Backbone, names: Sequence[str]) -> list[Rows]:
+        """The rows whole, their prompts, and as many of their first tokens as all have, in one template.
+
+        A causal model routes a row's beginning as if it stood alone, so a view is the first tokens of whole rows;
+        other rows come only where the objectives' templates differ.
+        """
+        equal = _one_template(config, backbone, names, self)
+        whole, starts = [len(row.ids) for row in self.chosen], [row.prompt_length for row in self.chosen]
+        views = {ROWS: (whole, "row"), PROMPTS: (starts, "prompt")}
+        matched = {EQUAL: ([min(len(row.ids) for row in equal)] * len(equal), "prompt")}
+        if equal is self.chosen:
+            return [Rows(self.chosen, self.objective, views | matched)]
+        return [Rows(self.chosen, self.objective, views), Rows(equal, self.objective, matched)]
+
+
+def matched_length(sets: Sequence[Rows]) -> int:
+    """The tokens that each row of the view ``EQUAL`` counts with."""
+    return next(part.views[EQUAL][0][0] for part in sets if EQUAL in part.views)
+
+
+def load_held_out(config: RunConfig, names: Sequence[str], backbone: Backbone) -> HeldOut:
+    """The test rows of every objective, in the order of ``names``, each tokenised in its own template.
+
+    Raises:
+        UserError: an objective names no test rows, or they cannot be read.
+    """
+    pairs: list[Pair] = []
+    objective: list[int] = []
+    chosen: list[Encoded] = []
+    rejected: list[Encoded] = []
+    for index, name in enumerate(names):
+        for data, own in held_out_pairs(config, name):
+            for target, kind in ((chosen, "chosen"), (rejected, "rejected")):
+                part, what = [getattr(p, kind) for p in own], f"{name}, {kind} answers of test rows"
+                target += templates.encode(data.template, part, backbone.tokenizer, config.train.seq_len, what)
+            pairs += own
+            objective += [index] * len(own)
+    return HeldOut(pairs, np.asarray(objective), chosen, rejected)
+
+
+def held_out_pairs(config: RunConfig, name: str, limit: int | None = None) -> list[tuple[DataConfig, list[Pair]]]:
+    """An objective's test pairs, with the entry of ``data`` that they come from: of a mix, every part's.
+
+    Args:
+        limit: of each part, in place of its ``test_limit``.
+
+    Raises:
+        UserError: no test rows are named, or they cannot be read.
+    """
+    out = []
+    for part, data in config.parts(name).items():
+        if data.test is None:
+            raise UserError(f"data.{part}.test: no test rows are named, evaluation needs them")
+        size = limit or data.test_limit
+        kind, fields = data.schema_of("test")
+        out.append((data, load_pairs(data.test, kind, data.test_split, size, data.skip_bad, fields)))
+    return out
+
+
+def _one_template(config: RunConfig, backbone: Backbone, names: Sequence[str], held: HeldOut) -> list[Encoded]:
+    """The test rows, all in the tokenizer's own template where the objectives' differ."""
+    parts = [data for name in names for data in config.parts(name).values()]
+    if len({templates.resolve(data.template, backbone.tokenizer) for data in parts}) == 1:
+        return held.chosen
+    common = templates.resolve("auto", backbone.tokenizer)
+    return templates.encode(common, [p.chosen for p in held.pairs], backbone.tokenizer, config.train.seq_len)
