@@ -126,8 +126,8 @@ def test_what_is_done_is_not_done_again(compared: Any, capsys: Any, monkeypatch:
 
 def test_a_table_of_measurements_is_the_comparison_s_own(compared: Any, tmp_path: Path) -> None:
     out = compared[0]
-    command = ["table", str(out / "measurements.npz"), "--out", str(tmp_path), "--bootstrap", "100"]
-    assert cli.main(command) == 0
+    assert cli.main(["table", str(out / "measurements.npz"), "--out", str(tmp_path)]) == 0
+    assert cli.main(["table", str(out / "measurements.npz"), "--out", str(out)]) == 2
     found, expected = (json.loads((path / "comparison.json").read_text()) for path in (tmp_path, out))
     del expected["answers"]
     assert found == expected
@@ -161,10 +161,17 @@ def test_a_sweep_over_seeds_averages_them(router_config: Path, tiny_run: Path, t
             tokens = pair[0]["tokens"][:n][rows]
             expected = perplexity(nll, tokens, resamples=100)
             assert flat(system["perplexity"][name]) == pytest.approx(flat(expected.as_dict()))
-            alone = [seed["perplexity"][name] for seed in system["seeds"]]
+            alone = [seed["perplexity"][name] for seed in system["seeds"].values()]
             np.testing.assert_allclose(system["perplexity"][name]["value"], np.sqrt(np.prod(alone)), rtol=1e-6)
             gap = log_perplexity_difference(nll, other, tokens, resamples=100)
             assert flat(found["difference"][label][labels[1 - place]][name]) == pytest.approx(flat(gap.as_dict()))
+    parts = []
+    for seed in "01":  # each alone, as on two machines, and one table of both
+        assert cli.main([*command[: command.index("--seeds") + 1], seed, *command[command.index("--seeds") + 2 :]]) == 0
+        parts.append(str((out / "measurements.npz").rename(tmp_path / f"{seed}.npz")))
+    assert cli.main(["table", *parts, "--out", str(tmp_path / "both")]) == 0
+    del found["answers"]
+    assert json.loads((tmp_path / "both" / "comparison.json").read_text()) == found
 
 
 def test_a_flag_that_some_variants_have_their_own_value_for_is_said(

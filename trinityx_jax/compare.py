@@ -34,7 +34,7 @@ from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import load_experts, load_router, router_digest, with_paths
 from trinityx_jax.sections import TEST_ROWS, SystemConfig
 from trinityx_jax.training.router_stage import check_router, router_done, stage_experts, train_router
-from trinityx_jax.variants import Variant, check_experts
+from trinityx_jax.variants import Variant, check_experts, recipe
 
 
 class Comparison:
@@ -73,9 +73,9 @@ class Comparison:
                 found, own = self._measured(variant.label, config, answers=config is variant.configs[0])
                 columns[variant.label][str(config.seed)] = found
                 answers.setdefault(variant.label, own)
-        measurements.save(self.out / "measurements.npz", columns, self._facts())
-        every = {label: list(seeds.values()) for label, seeds in columns.items()}
-        results = comparison(every, first.experts.names, against or labels[0], first.evaluate.bootstrap)
+        recipes = {variant.label: digest_of([recipe(variant.configs[0])], [], []) for variant in self.variants}
+        measurements.save(self.out / "measurements.npz", columns, recipes, self._facts())
+        results = comparison(columns, first.experts.names, against or labels[0], first.evaluate.bootstrap)
         results["answers"] = [
             {"objective": name, "prompt": example.prompt, "reference": example.response}
             | {"answers": {label: own[place] for label, own in answers.items()}}
@@ -91,8 +91,11 @@ class Comparison:
         true = [[question.true, question.single_true] for question in self._asked[0]]
         model = self._backbone(self._first).fingerprint
         return {
-            "rows": digest_of([], jax.tree.leaves(true), rows), "model": model, "objectives": self._first.experts.names
-        }  # fmt: skip
+            "rows": digest_of([], jax.tree.leaves(true), rows),
+            "model": model,
+            "objectives": self._first.experts.names,
+            "bootstrap": self._first.evaluate.bootstrap,
+        }
 
     @functools.cached_property
     def _held(self) -> HeldOut:

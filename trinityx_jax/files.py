@@ -81,13 +81,18 @@ def disk_full(error: BaseException | None) -> bool:
 
 def write_text(path: Path | str, text: str) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """``write_text`` of bytes."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as out:
-                out.write(text)
+            with os.fdopen(handle, "wb") as out:
+                out.write(content)
             os.chmod(name, 0o644)
             os.replace(name, path)
         finally:

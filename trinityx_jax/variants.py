@@ -119,6 +119,20 @@ def _named_by_seed(config: RunConfig, seed: int) -> RunConfig:
     return config.model_copy(update={name: filled(getattr(config, name), key) for name, key in parts.items()})
 
 
+def recipe(config: RunConfig) -> dict[str, Any]:
+    """What of a variant is the same for each of its seeds, wherever they are run: no seed, and no place."""
+    places = {"source", "test", "unseen"}
+    values = config.model_dump(
+        mode="json", by_alias=True, exclude={"out", "seed", "model", "evaluate", "checkpoint", "router", "data"}
+    )
+    values["data"] = {name: data.model_dump(mode="json", exclude=places) for name, data in config.data.items()}
+    values["experts"]["from"] = config.experts.source == SCRATCH
+    values["system"]["expert"] = config.system.expert if config.system.expert in config.experts.names else None
+    if config.system.kind == "mocae":
+        values["mocae"] = dataclasses.asdict(config.mocae_config())
+    return values | {"begins with a router": config.router.source is not None}
+
+
 def check_experts(config: RunConfig) -> None:
     """Raise UserError where the experts that a system is made of are not there."""
     source, kind, names = config.experts.source, config.system.kind, config.experts.names

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from trinityx_jax import cli
+from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.comparison import Columns, comparison
-from trinityx_jax.evaluation.measurements import joined, load, save
+from trinityx_jax.evaluation.measurements import joined, save
 
-FACTS = {"rows": "0a", "model": "1b", "objectives": ["kind", "true"]}
+FACTS = {"rows": "0a", "model": "1b", "objectives": ["kind", "true"], "bootstrap": 50}
+RECIPES = {"a": "00", "b": "01"}
 
 
 def columns(seed: int) -> Columns:
@@ -28,43 +30,60 @@ def columns(seed: int) -> Columns:
 
 
 def test_joined_files_are_one_comparison_over_all_seeds(tmp_path: Path, capsys: Any) -> None:
-    parts = {"a": {str(s): columns(s) for s in range(3)}, "b": {str(s): columns(9 + s) for s in range(2)}}
-    save(tmp_path / "x.npz", {"a": {"0": parts["a"]["0"]}}, FACTS)
-    save(tmp_path / "y.npz", {"a": {s: parts["a"][s] for s in "12"}, "b": parts["b"]}, FACTS)
+    a, b = ({str(s): columns(start + s) for s in range(3)} for start in (0, 9))
+    save(tmp_path / "x.npz", {"a": {"0": a["0"]}, "b": {"0": b["0"]}}, RECIPES, FACTS)
+    save(tmp_path / "y.npz", {"a": {s: a[s] for s in "012"}, "b": {"1": b["1"]}}, RECIPES, FACTS)  # seed 0 in both
     found, facts = joined([tmp_path / "x.npz", tmp_path / "y.npz"])
     assert facts == FACTS
-    expected = {label: list(seeds.values()) for label, seeds in parts.items()}
-    assert comparison(found, ["kind", "true"], "a", 50) == comparison(expected, ["kind", "true"], "a", 50)
-    again, _ = load(tmp_path / "y.npz")
-    assert again["b"]["1"].values["mc1"].dtype == bool
+    results = comparison(found, ["kind", "true"], "a", 50)
+    assert results == comparison({"a": a, "b": {s: b[s] for s in "01"}}, ["kind", "true"], "a", 50)
+    assert found["b"]["1"].values["mc1"].dtype == bool
+    both = comparison({"a": {s: a[s] for s in "01"}, "b": {s: b[s] for s in "01"}}, ["kind", "true"], "a", 50)
+    assert results["difference"] == both["difference"]  # over the seeds that both have
+    assert comparison({"a": {"2": a["2"]}, "b": {"1": b["1"]}}, ["kind", "true"], "a", 50)["difference"]["b"] == {}
     assert cli.main(["table", str(tmp_path / "x.npz"), str(tmp_path / "y.npz"), "--against", "b"]) == 0
-    assert "Log perplexity less that of b" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Log perplexity less that of b" in shown
+    assert "a (seeds 0, 1, 2)" in shown
 
 
 def test_bad_files_are_one_sentence(tmp_path: Path, capsys: Any) -> None:
     one = {"a": {"0": columns(0)}}
-    save(tmp_path / "x.npz", one, FACTS)
+    save(tmp_path / "x.npz", one, RECIPES, FACTS)
     (tmp_path / "text.npz").write_text("no")
     (tmp_path / "empty.npz").write_text("")
     np.savez(tmp_path / "other.npz", key="k")
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:600])
+    whole = (tmp_path / "x.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[:600])
     for key, value in {"rows": "0b", "model": "2b", "objectives": ["kind", "good"]}.items():
-        save(tmp_path / f"{key}.npz", {"a": {"1": columns(1)}}, FACTS | {key: value})
+        save(tmp_path / f"{key}.npz", {"a": {"1": columns(1)}}, RECIPES, FACTS | {key: value})
+    save(tmp_path / "lack.npz", one, RECIPES, {"rows": "0a"})
+    save(tmp_path / "recipe.npz", {"a": {"1": columns(1)}}, {"a": "0f"}, FACTS)
+    save(tmp_path / "repeat.npz", {"a": {"0": columns(1)}}, RECIPES, FACTS)
+    unrouted = Columns({k: v for k, v in columns(1).values.items() if k != "row_pi"}, {})
+    save(tmp_path / "unrouted.npz", {"a": {"1": unrouted}}, RECIPES, FACTS)
     cases = {
-        "x.npz x.npz": "'a' of seed 0 is in",
         "none.npz": "none.npz: cannot be read (No such file or directory)",
         "x.npz rows.npz": "rows.npz: was measured with other test rows than",
         "x.npz model.npz": "model.npz: was measured with other base model than",
         "x.npz objectives.npz": "objectives.npz: was measured with other objectives than",
+        "x.npz recipe.npz": "recipe.npz: 'a' is configured otherwise in",
+        "x.npz unrouted.npz": "unrouted.npz: 'a' is configured otherwise in",
+        "x.npz repeat.npz": "repeat.npz: 'a' of seed 0 has other numbers",
         "x.npz --against b": "--against: 'b' is not one of a",
-        "x.npz --bootstrap 0": "--bootstrap: 0 is not 1 or more",
         "": "name the measurements.npz",
-    } | {
-        f"{name}.npz": f"{name}.npz: is not what trinityx compare writes" for name in ("text", "empty", "other", "cut")
-    }
+    } | {f"{n}.npz": f"{n}.npz: is not what trinityx compare writes" for n in ("text", "empty", "other", "cut", "lack")}
     for words, says in cases.items():
         own = [str(tmp_path / word) if word.endswith(".npz") else word for word in words.split()]
         assert cli.main(["table", *own, "--out", str(tmp_path / "out")]) == 2, words
         (line,) = capsys.readouterr().err.splitlines()
         assert says in line
     assert not (tmp_path / "out").exists()
+    for place in range(0, len(whole), 7):  # any flipped byte is found, or changes nothing
+        (tmp_path / "flipped.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            (found,) = joined([tmp_path / "flipped.npz"])[0]["a"].values()
+        except UserError:
+            continue
+        for name, values in columns(0).values.items():
+            np.testing.assert_array_equal(found.values[name], values)

@@ -81,7 +81,9 @@ def test_a_bad_row_is_named(row: dict[str, Any], says: str, tmp_path: Path) -> N
         load_questions(str(path))
 
 
-def test_what_rows_share_is_run_once_with_the_same_result(questions: Any, tiny_run: Path) -> None:
+def test_what_rows_share_is_run_once_with_the_same_result(
+    questions: Any, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = open_run(tiny_run)
     scorer = Scorer(run.backbone, run.vectors, "float32", 4)
     for prompt in ("six-shot", "template"):
@@ -97,7 +99,12 @@ def test_what_rows_share_is_run_once_with_the_same_result(questions: Any, tiny_r
     other = [Encoded(np.arange(6) + i, 3) for i in (0, 7)]  # nothing is
     other += [Encoded(np.arange(3 + n) * 2, 3) for n in (1, 4, 2, 4)] + other[:1]  # more than a batch, unevenly
     other += [Encoded(np.arange(9) + i, 1 + i) for i in range(6)]
-    assert scorer.continuation_batches(other) == len(continuations.batches(other, 4)[2]) == 3
-    np.testing.assert_allclose(
-        scorer.score_continuations(other, weights=np.zeros(3)), scorer.score(other, weights=np.zeros(3)).nll, rtol=1e-5
-    )
+    other += [Encoded(np.arange(6) + i * np.eye(6, dtype=int)[5], 5) for i in range(4)]
+    for longest, count in ((512, 3), (4, 4)):  # of answers in a row; the last four take two of two each
+        monkeypatch.setattr(continuations, "LONGEST", longest)
+        assert scorer.continuation_batches(other) == len(continuations.batches(other, 4)[2]) == count
+        np.testing.assert_allclose(
+            scorer.score_continuations(other, weights=np.zeros(3)),
+            scorer.score(other, weights=np.zeros(3)).nll,
+            rtol=1e-5,
+        )

@@ -1,4 +1,4 @@
-"""Key/value cache for decoding. Prompts are left-padded, so every row writes the same slot."""
+"""Key/value cache. Every row writes the same slots, some of which may hold padding."""
 
 from __future__ import annotations
 

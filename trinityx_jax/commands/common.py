@@ -91,9 +91,10 @@ def parse_seeds(text: str) -> list[int]:
         UserError: a part is no whole number, or stands twice.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+    seeds = [int(part) for part in parts if part.isdecimal()]
+    if len(set(seeds)) < len(parts):
         raise UserError(f"--seeds: {text!r} is no list of different whole numbers, such as 0,1,2")
-    return [int(part) for part in parts]
+    return seeds
 
 
 def parse_weights(text: str, flag: str = "--weights") -> dict[str, float]:

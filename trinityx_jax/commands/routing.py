@@ -28,6 +28,7 @@ Fit = Annotated[
     arg(metavar="{none,temperature,expert,layer}", help_behavior_hint="(default: mocae.calibration, or temperature)"),
 ]
 Files = Positional[Annotated[Sequence[str], arg(metavar="FILE ...", help_behavior_hint="")]]
+WRITTEN = ("comparison.json", "comparison.md", "measurements.npz")
 To = Annotated[
     Literal["objective", "row", "token"] | None,
     arg(metavar="{objective,row,token}", help_behavior_hint="(default: objective)"),
@@ -76,7 +77,8 @@ def compare(
 
     Args:
         config: YAML file of stage 2; the variants' files follow it.
-        out: folder of the variants' runs and of comparison.json and .md; by default compare in the configuration's out.
+        out: folder of the variants' runs, of comparison.json and .md, and of measurements.npz (see trinityx table); by
+            default compare in the configuration's out.
         seeds: such as 0,1,2: each variant once for each, averaged; {seed} in experts.from, system.expert and
             router.from stands for it.
         against: the variant that others are compared with, row by row; by default the first.
@@ -103,7 +105,8 @@ def sweep(
     Args:
         config: YAML file of stage 2.
         over: KEY=VALUE,VALUE,...; can be given several times, or once with several.
-        out: folder of the runs and of comparison.json and .md; by default sweep in the configuration's out.
+        out: folder of the runs, of comparison.json and .md, and of measurements.npz (see trinityx table); by default
+            sweep in the configuration's out.
         seeds: such as 0,1,2: each combination once for each, averaged.
         against: the combination that others are compared with; by default the first.
     """
@@ -112,16 +115,15 @@ def sweep(
     return _compared(config, rest, own, over=parse_grid([*over, *swept]))
 
 
-def table(files: Files, against: str | None = None, out: str | None = None, bootstrap: int = 1000) -> int:
+def table(files: Files, against: str | None = None, out: str | None = None) -> int:
     """One table of what several comparisons measured, on one machine or many: FILE ...
 
-    Of systems that several files hold, the seeds are averaged. All must have measured on the same rows.
+    A system's seeds are averaged, whichever file they are in. All must have measured on the same rows.
 
     Args:
         files: the measurements.npz of runs of trinityx compare or sweep.
         against: the system that others are compared with, row by row; by default the first.
         out: folder to write comparison.json and .md to.
-        bootstrap: resamples behind an interval.
     """
     from trinityx_jax.evaluation.comparison import comparison, markdown, tables
     from trinityx_jax.evaluation.measurements import joined
@@ -129,12 +131,12 @@ def table(files: Files, against: str | None = None, out: str | None = None, boot
 
     if not files:
         raise UserError("table: name the measurements.npz of a comparison")
-    if bootstrap < 1:
-        raise UserError(f"--bootstrap: {bootstrap} is not 1 or more")
+    if out is not None and (Path(out) / "measurements.npz").exists():
+        raise UserError(f"--out: {out} holds a comparison of its own; name another folder")
     columns, facts = joined([Path(file) for file in files])
     if against not in (None, *columns):
         raise UserError(f"--against: {against!r} is not one of {', '.join(columns)}")
-    results = comparison(columns, facts["objectives"], against or next(iter(columns)), bootstrap)
+    results = comparison(columns, facts["objectives"], against or next(iter(columns)), facts["bootstrap"])
     show(tables(results))
     if out is not None:
         write_json(Path(out) / "comparison.json", results)
@@ -156,7 +158,7 @@ def _compared(config: str, rest: Sequence[str], own: dict[str, str | None], **wh
     else:
         variants = grid_variants(config, what["over"], rest, folder, seeds)
     show(tables(Comparison(variants, folder).run(own["--against"])))
-    print(f"wrote {Path(folder) / 'comparison.json'}, {Path(folder) / 'comparison.md'}")
+    print("wrote " + ", ".join(str(Path(folder) / name) for name in WRITTEN))
     return OK
 
 

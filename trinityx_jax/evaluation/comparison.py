@@ -41,32 +41,35 @@ class Columns:
 
 
 def comparison(
-    columns: Mapping[str, Sequence[Columns]], names: Sequence[str], against: str, resamples: int
+    columns: Mapping[str, Mapping[str, Columns]], names: Sequence[str], against: str, resamples: int
 ) -> dict[str, Any]:
     """Every system's estimates, averaged over its seeds, and paired differences; JSON-ready.
 
-    Intervals resample rows, each with all its seeds; ``seeds`` holds what each seed alone gives.
+    Intervals resample rows, each with all its seeds; ``seeds`` holds what each seed alone gives. A difference is over
+    the seeds that both systems have.
     """
-    first = next(iter(columns.values()))[0].values
-    for label, seeds in columns.items():
+    first = next(iter(next(iter(columns.values())).values())).values
+    for label, own in columns.items():
         for key in ("tokens", "objective"):
-            if any(not np.array_equal(own.values[key], first[key]) for own in seeds):
+            if any(not np.array_equal(seed.values[key], first[key]) for seed in own.values()):
                 raise UserError(f"{label}: was measured on other test rows than {next(iter(columns))!r}")
     out: dict[str, Any] = {"objectives": list(names), "against": against, "systems": {}, "difference": {}}
-    for label, seeds in columns.items():
+    for label, own in columns.items():
+        seeds = list(own.values())
         out["systems"][label] = {
             **_quality(seeds, names, resamples),
             "cost": {
-                key: float(np.mean([own.cost[key] for own in seeds]))
+                key: float(np.mean([seed.cost[key] for seed in seeds]))
                 for key in seeds[0].cost
-                if all(key in own.cost for own in seeds)
+                if all(key in seed.cost for seed in seeds)
             },
-            "seeds": [_quality([own], names, None) for own in seeds] if len(seeds) > 1 else [],
+            "seeds": {name: _quality([seed], names, None) for name, seed in own.items()},
         }
-    for label, seeds in columns.items():
-        out["difference"][label] = {
-            other: _difference(seeds, others, names, resamples) for other, others in columns.items() if other != label
-        }
+        out["difference"][label] = {}
+        for other, theirs in columns.items():
+            if other != label and (shared := [seed for seed in own if seed in theirs]):
+                mine, others = ([part[seed] for seed in shared] for part in (own, theirs))
+                out["difference"][label][other] = _difference(mine, others, names, resamples)
     return out
 
 
@@ -153,7 +156,7 @@ def overview(results: Mapping[str, Any], intervals: bool) -> Grid:
     names, systems = results["objectives"], results["systems"]
     best = {n: min(own["perplexity"][n]["value"] for own in systems.values()) for n in names}
     choices = [key for key in ("mc1", "mc2") if any(key in own for own in systems.values())]
-    rows = []
+    titles, rows = _titles(results), []
     for label, own in systems.items():
         ppl, routing = own["perplexity"], own.get("routing", {})
         routed = routing.get("row", {})  # the calibrated reading, or none
@@ -163,7 +166,7 @@ def overview(results: Mapping[str, Any], intervals: bool) -> Grid:
         cells += [_cell(own.get(key), percent=True, interval=intervals) for key in choices]
         cells += [_cell(routed.get("accuracy"), percent=True, interval=intervals)]
         cells += [_cell(routed.get(key), interval=intervals) for key in ("ece15", "brier")]
-        rows.append([label, *cells, *_cost(own["cost"])])
+        rows.append([titles[label], *cells, *_cost(own["cost"])])
     headings = [
         "system", *(f"{n}\nppl ↓" for n in names), *(f"{n}\npref. % ↑" for n in names if intervals),
         *(f"{key.upper()}\n% ↑" for key in choices), "routing\n% ↑", "ECE\n↓", "Brier\n↓",
@@ -174,21 +177,23 @@ def overview(results: Mapping[str, Any], intervals: bool) -> Grid:
 
 def grids(results: Mapping[str, Any]) -> dict[str, Grid]:
     """What stands below the overview, with intervals: (headings, rows) by title."""
-    names, systems = results["objectives"], results["systems"]
+    names, systems, titles = results["objectives"], results["systems"], _titles(results)
     choices = [key for key in ("mc1", "mc2") if any(key in own for own in systems.values())]
     quality = [
-        [label, *(_cell(own["perplexity"][n]) for n in names), *(_cell(own.get(key), True) for key in choices)]
+        [titles[label], *(_cell(own["perplexity"][n]) for n in names), *(_cell(own.get(key), True) for key in choices)]
         for label, own in systems.items()
     ]
-    preference = [[label, *(_cell(own["preference"][n], True) for n in names)] for label, own in systems.items()]
+    preference = [
+        [titles[label], *(_cell(own["preference"][n], True) for n in names)] for label, own in systems.items()
+    ]
     routing = [
-        [label, reading, _cell(found["accuracy"], True), _cell(found["ece15"]), _cell(found["brier"])]
+        [titles[label], reading, _cell(found["accuracy"], True), _cell(found["ece15"]), _cell(found["brier"])]
         for label, own in systems.items()
         for reading, found in own.get("routing", {}).items()
     ]
     against = results["against"]
     differences = [
-        [label, *(_cell(by[against][n], signed=True) for n in names)]
+        [titles[label], *(_cell(by[against][n], signed=True) for n in names)]
         for label, by in results["difference"].items()
         if against in by
     ]
@@ -198,6 +203,13 @@ def grids(results: Mapping[str, Any]) -> dict[str, Grid]:
         PREFERENCE: (["system", *names], preference),
         "Routing": (["system", "reading", "accuracy, % ↑", "ECE ↓", "Brier ↓"], routing),
     }
+
+
+def _titles(results: Mapping[str, Any]) -> dict[str, str]:
+    """Every system's name, with its seeds where not all have the same."""
+    seeds = {label: ", ".join(own["seeds"]) for label, own in results["systems"].items()}
+    alike = len(set(seeds.values())) == 1
+    return {label: label if alike else f"{label} (seed{'s' * (',' in own)} {own})" for label, own in seeds.items()}
 
 
 def _cell(estimate: Any, percent: bool = False, signed: bool = False, best: bool = False, interval: bool = True) -> str:

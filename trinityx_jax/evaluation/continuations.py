@@ -10,9 +10,11 @@ import numpy as np
 from trinityx_jax.data.batching import Batch, bucket, filled, make_batch
 from trinityx_jax.data.templates import Encoded
 
+LONGEST = 512  # tokens packed after a prompt, beside a single longer answer: attention there is over all of them
+
 
 @dataclasses.dataclass(frozen=True)
-class _Prompt:
+class Prompt:
     """All but the last token of a prompt, which predicts each answer's first; the answers; the rows that have them."""
 
     stem: np.ndarray
@@ -26,13 +28,13 @@ class _Prompt:
 
 
 def batches(rows: Sequence[Encoded], size: int) -> tuple[np.ndarray, np.ndarray, list[tuple[Batch, Batch]]]:
-    """What all rows begin with, then up to ``size`` prompts a batch, each with its answers packed after it.
+    """What all rows begin with, then up to ``size`` prompts a batch, each with answers packed after it.
 
     Returns:
         the tokens [P] that all share; where each of ``rows`` stands among the batches' results, one after another;
         batches (the rest of the prompts, the answers: their mask numbers them).
     """
-    prompts = sorted(_prompts(rows), key=lambda prompt: prompt.tokens)
+    prompts = sorted(prompts_of(rows), key=lambda prompt: prompt.tokens)
     shared = _alike([prompt.stem for prompt in prompts])
     length = bucket(max(len(prompt.stem) for prompt in prompts) - shared)
     chunks = [prompts[at : at + size] for at in range(0, len(prompts), size)]
@@ -50,17 +52,23 @@ def batches(rows: Sequence[Encoded], size: int) -> tuple[np.ndarray, np.ndarray,
     return rows[0].ids[:shared], place, out
 
 
-def _prompts(rows: Sequence[Encoded]) -> list[_Prompt]:
-    """Each prompt once, with each of its answers once."""
+def prompts_of(rows: Sequence[Encoded]) -> list[Prompt]:
+    """Each prompt, once for up to ``LONGEST`` tokens of answers, with each of its answers once."""
     places: dict[bytes, dict[bytes, list[int]]] = {}
     for i, row in enumerate(rows):
         prompt, answer = row.ids[: row.prompt_length], row.ids[row.prompt_length :]
         places.setdefault(prompt.tobytes(), {}).setdefault(answer.tobytes(), []).append(i)
-    out = []
-    for own in (list(answers.values()) for answers in places.values()):
-        first = rows[own[0][0]]
-        end = first.prompt_length - 1
-        out.append(_Prompt(first.ids[:end], [Encoded(rows[i].ids[end:], 1) for i, *_ in own], own))
+    out: list[Prompt] = []
+    for answers in places.values():
+        tokens = LONGEST
+        for own in answers.values():
+            row, end = rows[own[0]], rows[own[0]].prompt_length - 1
+            tokens += len(row.ids) - end
+            if tokens > LONGEST:
+                out.append(Prompt(row.ids[:end], [], []))
+                tokens = len(row.ids) - end
+            out[-1].answers.append(Encoded(row.ids[end:], 1))
+            out[-1].rows.append(own)
     return out
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,28 +14,37 @@ import numpy as np
 
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.comparison import Columns
+from trinityx_jax.files import write_bytes
 
-BySeed = Mapping[str, Columns]
-KINDS = {"rows": "test rows", "model": "base model", "objectives": "objectives"}  # what must be the same
+FORMAT = 1
+KINDS = {"rows": "test rows", "model": "base model", "objectives": "objectives"}  # what all must have in common
+NEEDED = {"nll", "tokens", "objective"}
+Systems = dict[str, dict[str, Columns]]  # by label and seed
 
 
-def save(path: Path, systems: Mapping[str, BySeed], facts: Mapping[str, Any]) -> None:
-    """Write every system's columns, by seed; ``facts`` say what they are of (the keys of ``KINDS``)."""
+def save(
+    path: Path, systems: Mapping[str, Mapping[str, Columns]], recipes: Mapping[str, str], facts: Mapping[str, Any]
+) -> None:
+    """Write every system's columns, by seed.
+
+    Args:
+        recipes: a digest of each system's configuration, seeds and places apart.
+        facts: what they are of (the keys of ``KINDS``), and ``bootstrap``.
+    """
     order = [(label, seed) for label, seeds in systems.items() for seed in seeds]
-    costs = [systems[label][seed].cost for label, seed in order]
+    columns = [systems[label][seed] for label, seed in order]
+    about = {"format": FORMAT, "facts": facts, "order": order, "recipes": recipes}
+    about |= {"names": [list(own.values) for own in columns], "costs": [own.cost for own in columns]}
     arrays: dict[str, Any] = {
-        f"{place}/{name}": values
-        for place, (label, seed) in enumerate(order)
-        for name, values in systems[label][seed].values.items()
+        f"{place}/{name}": values for place, own in enumerate(columns) for name, values in own.values.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".partial.npz")
-    np.savez_compressed(staging, about=json.dumps({"facts": facts, "order": order, "costs": costs}), **arrays)
-    staging.replace(path)
+    out = io.BytesIO()
+    np.savez_compressed(out, about=json.dumps(about), **arrays)
+    write_bytes(path, out.getvalue())
 
 
-def load(path: Path) -> tuple[dict[str, dict[str, Columns]], dict[str, Any]]:
-    """The systems by label and seed, and the facts.
+def load(path: Path) -> tuple[Systems, dict[str, str], dict[str, Any]]:
+    """The systems, their recipes, and the facts.
 
     Raises:
         UserError: it cannot be read, or is no such file.
@@ -41,36 +52,47 @@ def load(path: Path) -> tuple[dict[str, dict[str, Columns]], dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as data:
             about = json.loads(str(data["about"]))
-            found: dict[str, dict[str, Columns]] = {}
+            if about["format"] != FORMAT:
+                raise ValueError
+            found: Systems = {}
             for place, (label, seed) in enumerate(about["order"]):
-                start = f"{place}/"
-                values = {name.removeprefix(start): data[name] for name in data.files if name.startswith(start)}
-                found.setdefault(label, {})[seed] = Columns(values, about["costs"][place])
-            return found, dict(about["facts"])
+                values = {name: data[f"{place}/{name}"] for name in about["names"][place]}
+                if not values.keys() >= NEEDED:
+                    raise ValueError
+                found.setdefault(label, {})[seed] = Columns(values, dict(about["costs"][place]))
+            recipes = {label: about["recipes"][label] for label in found}
+            return found, recipes, {key: about["facts"][key] for key in (*KINDS, "bootstrap")}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: is not what trinityx compare writes as measurements.npz") from error
+    except (ValueError, LookupError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: is not what trinityx compare writes as measurements.npz, or is damaged") from error
 
 
-def joined(paths: Sequence[Path]) -> tuple[dict[str, list[Columns]], dict[str, Any]]:
+def joined(paths: Sequence[Path]) -> tuple[Systems, dict[str, Any]]:
     """All files' systems, each with the seeds of every file; what the files have in common.
 
+    What several files hold alike counts once.
+
     Raises:
-        UserError: a file cannot be read, was measured on something else than the first, or repeats a seed.
+        UserError: a file cannot be read, was measured on something else than the first, or has a system that is
+            configured otherwise in another, or of whose seed another holds other numbers.
     """
-    systems: dict[str, dict[str, Columns]] = {}
-    origin: dict[tuple[str, str], Path] = {}
-    first: dict[str, Any] | None = None
+    systems: Systems = {}
+    origin: dict[str, tuple[Path, str, set[str]]] = {}
+    first: dict[str, Any] = {}
     for path in paths:
-        found, facts = load(path)
+        found, recipes, facts = load(path)
         first = first or facts
         for key, what in KINDS.items():
             if facts[key] != first[key]:
                 raise UserError(f"{path}: was measured with other {what} than {paths[0]}")
         for label, seeds in found.items():
+            keys = {name for own in seeds.values() for name in own.values}
+            other, recipe, names = origin.setdefault(label, (path, recipes[label], keys))
+            if recipe != recipes[label] or any(own.values.keys() != names for own in seeds.values()):
+                raise UserError(f"{path}: {label!r} is configured otherwise in {other}, and is another system")
             for seed, columns in seeds.items():
-                if (other := origin.setdefault((label, seed), path)) is not path:
-                    raise UserError(f"{path}: {label!r} of seed {seed} is in {other} too")
-                systems.setdefault(label, {})[seed] = columns
-    return {label: list(seeds.values()) for label, seeds in systems.items()}, first or {}
+                known = systems.setdefault(label, {}).setdefault(seed, columns)
+                if any(not np.array_equal(known.values[name], columns.values[name]) for name in names):
+                    raise UserError(f"{path}: {label!r} of seed {seed} has other numbers in another file")
+    return systems, first

@@ -91,7 +91,7 @@ class Scorer:
 
     def continuation_batches(self, rows: Sequence[Encoded]) -> int:
         """How many batches ``score_continuations`` will run."""
-        return -(-len({row.ids[: row.prompt_length].tobytes() for row in rows}) // self.batch_size)
+        return -(-len(continuations.prompts_of(rows)) // self.batch_size)
 
     def score(
         self,
