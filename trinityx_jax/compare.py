@@ -87,12 +87,10 @@ class Comparison:
 
     def _facts(self) -> dict[str, Any]:
         """What other measurements must have in common with these, to stand beside them."""
-        rows = [*self._held.chosen, *self._held.rejected, *self._asked[1]]
-        true = [[question.true, question.single_true] for question in self._asked[0]]
-        model = self._backbone(self._first).fingerprint
+        rows, true = self._rows
         return {
-            "rows": digest_of([], jax.tree.leaves(true), rows),
-            "model": model,
+            "rows": digest_of([], true, rows),
+            "model": self._backbone(self._first).fingerprint,
             "objectives": self._first.experts.names,
             "bootstrap": self._first.evaluate.bootstrap,
         }
@@ -104,6 +102,13 @@ class Comparison:
     @functools.cached_property
     def _asked(self) -> tuple[list[Question], list[Encoded]]:
         return choices(self._first, self._backbone(self._first).tokenizer)
+
+    @functools.cached_property
+    def _rows(self) -> tuple[list[Encoded], list[np.ndarray]]:
+        """All that is scored; which answers to each question are true, MC2's and MC1's."""
+        questions, answers = self._asked
+        true = [part for question in questions for part in (question.true, question.single_true)]
+        return [*self._held.chosen, *self._held.rejected, *answers], true
 
     @functools.cached_property
     def _prompts(self) -> tuple[list[tuple[str, Example]], list[list[int]]]:
@@ -164,9 +169,8 @@ class Comparison:
         """Its numbers, and its answers to the prompts where they are asked for."""
         backbone = self._backbone(config)
         router, vectors = self._model(label, config, backbone)
-        questions, choices = self._asked
-        rows = [*self._held.chosen, *self._held.rejected, *choices]
-        made_of = [[v.sites for v in vectors.values()], router, [[q.true, q.single_true] for q in questions]]
+        rows, true = self._rows
+        made_of = [[v.sites for v in vectors.values()], router, true]
         key, store = _key(config, backbone, list(vectors), router, made_of, rows), Path(config.out) / "comparison.npz"
         system = functools.cache(lambda: build(config, backbone, vectors, router))
         found = Columns.load(store, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import re
@@ -10,8 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from trinityx_jax.config import NAME, SCRATCH, RunConfig, load_config, shadowed
 from trinityx_jax.errors import UserError
+from trinityx_jax.mocae import MoCaEConfig
 from trinityx_jax.runs import one_expert, source_folders
 from trinityx_jax.sections import TEST_ROWS
 
@@ -120,17 +124,21 @@ def _named_by_seed(config: RunConfig, seed: int) -> RunConfig:
 
 
 def recipe(config: RunConfig) -> dict[str, Any]:
-    """What of a variant is the same for each of its seeds, wherever they are run: no seed, and no place."""
-    places = {"source", "test", "unseen"}
-    values = config.model_dump(
-        mode="json", by_alias=True, exclude={"out", "seed", "model", "evaluate", "checkpoint", "router", "data"}
-    )
-    values["data"] = {name: data.model_dump(mode="json", exclude=places) for name, data in config.data.items()}
-    values["experts"]["from"] = config.experts.source == SCRATCH
-    values["system"]["expert"] = config.system.expert if config.system.expert in config.experts.names else None
+    """What of a variant is the same for each of its seeds, wherever they are run: no seed, and no place.
+
+    Only what differs from the defaults, so that a key that is added later leaves what is published as it is.
+    """
+    dump = functools.partial(BaseModel.model_dump, mode="json", exclude_defaults=True)
+    values = {name: dump(getattr(config, name)) for name in ("train", "system")}
+    values["experts"] = dump(config.experts, exclude={"source"})
+    values["data"] = {name: dump(data, exclude={"source", "test", "unseen"}) for name, data in config.data.items()}
+    if config.system.expert not in config.experts.names:
+        values["system"].pop("expert", None)
     if config.system.kind == "mocae":
-        values["mocae"] = dataclasses.asdict(config.mocae_config())
-    return values | {"begins with a router": config.router.source is not None}
+        own, plain = dataclasses.asdict(config.mocae_config()), dataclasses.asdict(MoCaEConfig())
+        values["mocae"] = {key: value for key, value in own.items() if value != plain[key]}
+    begins = [config.experts.source == SCRATCH, config.router.source is not None]
+    return values | {"dtype": config.dtype, "experts from nothing, router from another": begins}
 
 
 def check_experts(config: RunConfig) -> None:
