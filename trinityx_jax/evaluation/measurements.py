@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.comparison import Columns
+from trinityx_jax.evaluation.store import DAMAGED
 from trinityx_jax.files import write_bytes
 
 FORMAT = 1
@@ -64,7 +63,7 @@ def load(path: Path) -> tuple[Systems, dict[str, str], dict[str, Any]]:
             return found, recipes, {key: about["facts"][key] for key in (*KINDS, "bootstrap")}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, LookupError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise UserError(f"{path}: is not what trinityx compare writes as measurements.npz, or is damaged") from error
 
 

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trinityx_jax.files import write_bytes
+
+log = logging.getLogger(__name__)
+# What numpy raises on an archive that is cut or changed (zipfile: NotImplementedError, of a flag it does not know).
+DAMAGED = (ValueError, LookupError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+
 
 def load(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """What was saved under this digest; None where nothing was."""
+    """What was saved under this digest; None where nothing was, or it is damaged and has to be made again."""
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as data:
-        if str(data["key"]) != key:
-            return None
-        return {name: data[name] for name in data.files if name != "key"}
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            if str(data["key"]) != key:
+                return None
+            return {name: data[name] for name in data.files if name != "key"}
+    except DAMAGED:
+        log.warning("%s: is damaged; what it held is computed again", path)
+        return None
 
 
 def save(path: Path, key: str, **values: Any) -> None:
     """Write arrays under the digest of what they were made of; the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".partial.npz")
-    np.savez(staging, key=key, **values)
-    staging.replace(path)
+    out = io.BytesIO()
+    np.savez(out, key=key, **values)
+    write_bytes(path, out.getvalue())
