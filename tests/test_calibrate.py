@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
 import trinityx_jax as tx
@@ -54,11 +55,23 @@ def forward(run: Any, rows: list[Encoded], router: tx.Router) -> list[np.ndarray
     return [own[real] for own, real in zip(np.asarray(pi, np.float64), mask, strict=True)]
 
 
+def sklearn_ece(confidence: np.ndarray, hits: np.ndarray, bins: int) -> float:
+    """From scikit-learn's reliability curve, a bin's share of the rows being its weight."""
+    right, sure = calibration_curve(hits, confidence, n_bins=bins, strategy="uniform")
+    count = np.histogram(confidence, np.linspace(0, 1, bins + 1))[0]
+    return float(count[count > 0] @ np.abs(right - sure) / len(confidence))
+
+
 def same_metrics(report: dict[str, Any], p: np.ndarray, labels: np.ndarray) -> None:
-    """Accuracy, Brier and NLL of rows' probabilities [n,E]."""
+    """Of rows' probabilities [n,E], by scikit-learn."""
     p = p / p.sum(axis=1, keepdims=True)
     assert report["accuracy"]["n"] == len(labels)
     assert report["accuracy"]["value"] == pytest.approx(np.mean(p.argmax(axis=1) == labels))
+    for bins in (10, 15):
+        own = sklearn_ece(p.max(axis=1), p.argmax(axis=1) == labels, bins)
+        assert report[f"ece{bins}"]["value"] == pytest.approx(own, abs=1e-5)
+    by_class = [sklearn_ece(p[:, k], np.equal(labels, k), 15) for k in range(3)]
+    assert report["classwise_ece"]["value"] == pytest.approx(np.mean(by_class), abs=1e-5)
     brier = brier_score_loss(labels, p, scale_by_half=False, labels=[0, 1, 2])
     assert report["brier"]["value"] == pytest.approx(brier, abs=1e-5)
     assert report["nll"]["value"] == pytest.approx(log_loss(labels, p, labels=[0, 1, 2]), abs=1e-5)
@@ -178,6 +191,10 @@ def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(run: Pa
     for key in ("temperature", "routing"):  # both were measured against the same router
         assert before_of(begun[key]) == before_of(found[key])
     assert (run / "router-uncalibrated" / "router.safetensors").read_bytes() == uncalibrated
+    described = run / "router-uncalibrated" / "router.json"  # without --fit it does what the configuration says
+    described.write_text(described.read_text().replace('"calibration": "temperature"', '"calibration": "expert"'))
+    assert cli.main(["calibrate", str(run)]) == 0
+    assert (results(run)["fit"], tx.load_router(run).temperature.shape) == ("expert", (3,))
 
 
 def test_a_run_whose_weights_are_as_trained_is_calibrated_and_put_back(

@@ -124,6 +124,20 @@ def test_what_is_done_is_not_done_again(compared: Any, capsys: Any, monkeypatch:
     assert (out / "comparison.md").read_text().count("| oracle |") == 2 + len(NAMES)
 
 
+def test_damaged_answers_are_made_again_and_said(
+    compared: Any, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, command = compared
+    (kept,) = (Path(shutil.copytree(out, tmp_path / "out")) / "base").rglob("comparison-answers.json")
+    whole = kept.read_text()
+    for text in (whole[:40], "[]", json.dumps({"made_of": json.loads(whole)["made_of"]})):
+        kept.write_text(text)
+        assert cli.main([*command[:-1], str(tmp_path / "out")]) == 0
+        assert kept.read_text() == whole
+        assert f"{kept}: is damaged" in caplog.text
+        caplog.clear()
+
+
 def test_a_table_of_measurements_is_the_comparison_s_own(compared: Any, tmp_path: Path) -> None:
     out = compared[0]
     assert cli.main(["table", str(out / "measurements.npz"), "--out", str(tmp_path)]) == 0
@@ -214,7 +228,10 @@ def test_what_a_warm_start_rests_on_counts_and_a_router_that_was_calibrated_sinc
     capsys.readouterr()
     assert cli.main(command) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trinityx")]
-    assert f"{out / 'first'}: its router was calibrated since (expert)" in line
+    assert f"{out / 'first'}: its router was calibrated since (--fit expert --to objective)" in line
+    assert cli.main(["calibrate", str(out / "first"), "--fit", "temperature", "--to", "token"]) == 0
+    assert cli.main(command) == 2
+    assert "(--fit temperature --to token)" in capsys.readouterr().err
     assert cli.main(["calibrate", str(out / "first"), "--fit", "temperature"]) == 0
     assert cli.main(command) == 0
     assert (out / "comparison.json").read_bytes() == before
@@ -278,7 +295,11 @@ def test_an_expert_in_a_folder_is_measured_again_when_it_changes(
         (["compare", "CONFIG", "STRANGER"], "system.weights: 'kind' is not one of helpful, harmless, honest"),
         (["compare", "CONFIG", "BASE", "--evaluate.bootstrap", "200", "--out", "x"], "--out: this option stands twice"),
         (["compare", "CONFIG", "SEED"], "seed.yaml: seed: is the same for all variants"),
-        (["compare", "CONFIG", "STEPS"], "steps.yaml: train: has no effect on system.kind 'base'"),
+        (["compare", "CONFIG", "STEPS"], "steps.yaml: train.steps: has no effect on this system"),
+        (["compare", "CONFIG", "EVERY"], "every.yaml: checkpoint.every: has no effect on this system"),
+        (["compare", "CONFIG", "ROWS"], "rows.yaml: data.honest.limit: has no effect on this system"),
+        (["compare", "CONFIG", "KEPT"], "kept.yaml: train.steps: has no effect on this system"),
+        (["compare", "CONFIG", "ADRIFT", "--system.kind", "base"], "adrift.yaml: mocae.temperature: has no effect on"),
         (["compare", "CONFIG", "BASE", "--evaluate.multiple_choice", "none.json"], "none.json"),
         (["sweep", "CONFIG", "--over", "train.seq_len=40,160"], "train.seq_len (test rows are cut to it) differs"),
         (["sweep", "CONFIG", "--over", "mocae.top_k=1,9"], "mocae.top_k: 9 of 3 experts"),
@@ -297,6 +318,10 @@ def test_bad_input_is_one_sentence(
     for name, text in (
         ("seed", "seed: 3"),
         ("steps", "system: {kind: base}\ntrain: {steps: 3}"),
+        ("every", "system: {kind: merge}\ncheckpoint: {every: 3}"),
+        ("rows", "system: {kind: oracle}\ndata: {honest: {limit: 3}}"),
+        ("kept", "mocae: {preset: uniform}\ntrain: {steps: 3}"),
+        ("adrift", "mocae: {temperature: 0.3}"),
         ("typo", "system: {kind: expert, expert: honset}"),
         ("foreign", "system: {kind: expert, expert: runs/none}"),
         ("several", f"system: {{kind: expert, expert: {tiny_run}}}"),

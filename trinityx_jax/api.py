@@ -51,6 +51,7 @@ def forward(
     mask: np.ndarray | jax.Array | None = ...,
     statistics: Literal[False] = ...,
     objectives: None = ...,
+    previous: None = ...,
 ) -> tuple[jax.Array, jax.Array | None]: ...
 
 
@@ -65,6 +66,7 @@ def forward(
     mask: np.ndarray | jax.Array | None = ...,
     statistics: Literal[True],
     objectives: Sequence[str] | None = ...,
+    previous: np.ndarray | jax.Array | None = ...,
 ) -> tuple[jax.Array, jax.Array, RoutingStatistics]: ...
 
 
@@ -78,6 +80,7 @@ def forward(
     mask: np.ndarray | jax.Array | None = None,
     statistics: bool = False,
     objectives: Sequence[str] | None = None,
+    previous: np.ndarray | jax.Array | None = None,
 ) -> Any:
     """Logits [B,S,V] in float32, and routing probabilities pi [B,S,L,E] or None for an unrouted model.
 
@@ -85,13 +88,14 @@ def forward(
         tokens: [B,S] ids. mask: [B,S], True at real tokens; None means all.
         experts: with a ``router``, or with static ``weights`` {name: w}; without, the base model.
         statistics: return ``RoutingStatistics`` as a third value; those per objective want ``objectives``,
-            the name of each row's expert.
+            the name of each row's expert; ``kl`` wants ``previous``, the mean pi [L,E] (a ``load``) to compare with.
 
     Raises:
         UserError: names do not match, or an expert was trained on another base; statistics are asked of an
-            unrouted model, or objectives without statistics.
+            unrouted model, or objectives or previous without statistics.
     """
     labels = _labels(router, statistics, objectives, len(tokens))
+    before = _previous(backbone.config, router, statistics, previous)
     for name, vector in (experts or {}).items():
         check_base(f"expert {name!r}", vector.origin.get("base"), backbone.fingerprint)
     stacked, static = combine(backbone.config, experts, router, weights)
@@ -100,7 +104,7 @@ def forward(
     logits, pi = _forward(backbone.params, tokens, real, stacked, router, static, config=backbone.config)
     if not statistics:
         return logits, pi
-    return logits, pi, routing_statistics(pi, real, labels)
+    return logits, pi, routing_statistics(pi, real, labels, before)
 
 
 def _labels(router: Router | None, statistics: bool, objectives: Sequence[str] | None, rows: int) -> jax.Array | None:
@@ -117,6 +121,18 @@ def _labels(router: Router | None, statistics: bool, objectives: Sequence[str] |
         if name not in router.names:
             raise UserError(f"objectives: {name!r} is not one of {', '.join(router.names)}")
     return jnp.asarray([router.names.index(name) for name in objectives])
+
+
+def _previous(config: BackboneConfig, router: Router | None, statistics: bool, previous: Any) -> jax.Array | None:
+    """A mean pi [L,E], or None."""
+    if previous is None:
+        return None
+    if router is None or not statistics:
+        raise UserError(f"previous: has no effect without {'statistics' if router else 'a router'}")
+    wanted = (config.num_layers, len(router.names))
+    if np.shape(previous) != wanted:
+        raise UserError(f"previous: has the shape {np.shape(previous)}, not {wanted} (layers, experts)")
+    return jnp.asarray(previous, jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="config")

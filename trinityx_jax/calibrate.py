@@ -27,15 +27,16 @@ from trinityx_jax.experts import stack
 from trinityx_jax.files import write_json, write_text
 from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled_rows, probabilities, row_means
+from trinityx_jax.mocae.config import CHOICES
 from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import UNCALIBRATED
-from trinityx_jax.runs import OpenRun, load_uncalibrated, need_router, open_run, save_router
+from trinityx_jax.runs import OpenRun, load_trained_router, need_router, open_run, save_router
 from trinityx_jax.training.calibration import RoutingReader, Target, calibrate, objective_targets
 from trinityx_jax.training.rows import USES, load_parts, load_training_rows
+from trinityx_jax.training.seen import warn_of_test
 
 log = logging.getLogger(__name__)
 TARGETS = ("objective", "row", "token")
-KINDS = ("none", "temperature", "expert", "layer")
 SHOWN = {
     "accuracy": "accuracy",
     "ece15": "ECE 15",
@@ -77,6 +78,8 @@ def calibrate_run(
     file = run.folder.path / "config-router.yaml"
     plain, config = load_config(file), load_config(file, overrides)  # other test rows change no training row
     held = load_held_out(config, names, run.backbone)
+    if config.data != plain.data:
+        warn_of_test(plain, {"test questions": [pair.chosen.question for pair in held.pairs]})
     sets = [*held.views(config, run.backbone, names), _unseen(config, plain, run, names)]
     settings = (run.backbone, stack([run.vectors[name] for name in names]), config.dtype, config.evaluate.batch_size)
     fitted_on = _calibration_rows(plain, run, names)
@@ -106,9 +109,9 @@ def calibrate_run(
 
 
 def _check_options(kind: str | None, to: str, overrides: Sequence[str]) -> None:
-    for flag, value, known in (("--fit", kind, KINDS), ("--to", to, TARGETS)):
+    for flag, value, known in (("--fit", kind, CHOICES["calibration"]), ("--to", to, TARGETS)):
         if value is not None and value not in known:
-            raise UserError(f"{flag}: {value!r} is not one of {', '.join(known)}")
+            raise UserError(f"{flag}: {value!r} is not one of {', '.join(map(str, known))}")
     check_overrides(overrides, None, calibration=True)
 
 
@@ -136,10 +139,9 @@ def _answers(config: RunConfig, run: OpenRun, routers: dict[str, Router], held: 
 
 def _as_trained(run: OpenRun) -> Router:
     """The router before any calibration; raises UserError where there is none to calibrate."""
-    router, path = need_router(run), run.folder.path
-    start = load_uncalibrated(run.folder, router) or router
-    if start is router and router.config.calibration != "none":
-        raise UserError(f"{path}: was calibrated by an older version, which kept no router as trained; train it anew")
+    need_router(run)
+    path = run.folder.path
+    start = load_trained_router(path, run.backbone.fingerprint)
     if start.config.routing == "uniform":
         raise UserError(f"{path}: its routing is uniform; there is nothing to calibrate")
     return start
@@ -172,7 +174,11 @@ def _unseen(config: RunConfig, plain: RunConfig, run: OpenRun, names: Sequence[s
             log.warning(
                 "%s: %d prompts stand in training rows too, and are left out", data.unseen, len(found) - len(kept)
             )
-        for ids in encode_prompts(data.template, kept, run.backbone.tokenizer):
+        encoded = encode_prompts(data.template, kept, run.backbone.tokenizer)
+        long = sum(len(ids) > config.train.seq_len for ids in encoded)
+        if long:
+            log.warning("%s: %d prompts are cut to %d tokens", data.unseen, long, config.train.seq_len)
+        for ids in encoded:
             cut = ids[: config.train.seq_len]
             rows.append(Encoded(np.asarray(cut, np.int32), len(cut), data.unseen or ""))
             labels.append(index)
@@ -218,6 +224,7 @@ def _save(run: OpenRun, start: Router, after: Router, results: dict[str, Any]) -
     save_router(after, folder.path / "router", base)
     done = folder.done("router") or {}
     fitted = {"temperature": results["temperature"]["after"], "calibration": after.config.calibration}
+    fitted["calibrated_to"] = results["to"]
     folder.finish("router", **done | fitted)
     out = folder.path / "calibration"
     write_json(out / "results.json", results)

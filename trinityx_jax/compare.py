@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,14 @@ from trinityx_jax.files import read_json, write_json, write_text
 from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled_rows
 from trinityx_jax.progress import progress
-from trinityx_jax.run_folder import RunFolder
+from trinityx_jax.run_folder import RunFolder, run_of
 from trinityx_jax.runs import load_experts, load_router, router_digest, with_paths
 from trinityx_jax.sections import TEST_ROWS, SystemConfig
 from trinityx_jax.training.router_stage import check_router, router_done, stage_experts, train_router
+from trinityx_jax.training.seen import CHOICES, warn_of_test
 from trinityx_jax.variants import Variant, check_experts, recipe
+
+log = logging.getLogger(__name__)
 
 
 class Comparison:
@@ -89,7 +93,7 @@ class Comparison:
         """What other measurements must have in common with these, to stand beside them."""
         rows, true = self._rows
         return {
-            "rows": digest_of([], true, rows),
+            "rows": digest_of([], [*true, self._held.objective], rows),
             "model": self._backbone(self._first).fingerprint,
             "objectives": self._first.experts.names,
             "bootstrap": self._first.evaluate.bootstrap,
@@ -116,7 +120,8 @@ class Comparison:
 
     def _check_rows(self) -> None:
         """Reads what all are measured on, before hours of training."""
-        assert self._held and self._asked
+        tests = {"test questions": [pair.chosen.question for pair in self._held.pairs]}
+        warn_of_test(self._first, tests | {CHOICES: [question.normalised for question in self._asked[0]]})
         longest = max(map(len, self._prompts[1]), default=0) + self._first.evaluate.max_new_tokens
         limit = self._backbone(self._first).config.max_position_embeddings
         if longest > limit:
@@ -145,10 +150,11 @@ class Comparison:
         check_router(config)
         run, wanted = RunFolder(config.out), config.mocae_config().calibration
         done = run.done("router") if run.info_path.exists() and router_done(config) else None
-        if done is not None and done["calibration"] != wanted:
+        since = None if done is None else (done["calibration"], done.get("calibrated_to", "objective"))
+        if since not in (None, (wanted, "objective")):
             raise UserError(
-                f"{config.out}: its router was calibrated since ({done['calibration']}), and mocae.calibration says "
-                f"{wanted}; trinityx calibrate {config.out} --fit {wanted} undoes that"
+                f"{config.out}: its router was calibrated since (--fit {since[0]} --to {since[1]}), and "
+                f"mocae.calibration says {wanted}; trinityx calibrate {config.out} --fit {wanted} undoes that"
             )
 
     def _check_starts(self) -> None:
@@ -170,7 +176,7 @@ class Comparison:
         backbone = self._backbone(config)
         router, vectors = self._model(label, config, backbone)
         rows, true = self._rows
-        made_of = [[v.sites for v in vectors.values()], router, true]
+        made_of = [[v.sites for v in vectors.values()], router, true, self._held.objective]
         key, store = _key(config, backbone, list(vectors), router, made_of, rows), Path(config.out) / "comparison.npz"
         system = functools.cache(lambda: build(config, backbone, vectors, router))
         found = Columns.load(store, key)
@@ -186,9 +192,12 @@ class Comparison:
         (chosen, prompts), store = self._prompts, Path(config.out) / "comparison-answers.json"
         options = {"max_new_tokens": config.evaluate.max_new_tokens, "dtype": config.dtype}
         made_of = [key, prompts, options]
-        kept = read_json(store) if store.exists() else None
-        if isinstance(kept, dict) and kept.get("made_of") == made_of:
-            return list(kept["answers"])
+        try:
+            kept = read_json(store) if store.exists() else {}
+            if kept.get("made_of") == made_of:
+                return list(kept["answers"])
+        except (UserError, AttributeError, LookupError, TypeError):
+            log.warning("%s: is damaged; what it held is generated again", store)
         with progress(f"{label}, answers", 1) as bar:
             found = system().answer(prompts, [name for name, _ in chosen], **options)
             bar.advance("batches of answers")
@@ -202,7 +211,8 @@ class Comparison:
         if config.system.kind == "base":
             return None, {}
         if config.system.kind != "mocae":
-            vectors = load_experts(config.experts.source or config.out, backbone.fingerprint, backbone.config)
+            assert config.experts.source is not None  # _check
+            vectors = load_experts(config.experts.source, backbone.fingerprint, backbone.config)
             wanted = [] if config.system.expert is None else [config.system.expert]
             return None, with_paths(vectors, wanted, "system.expert", backbone.config)
         if not router_done(config):
@@ -251,7 +261,7 @@ def _training(config: RunConfig) -> dict[str, float]:
     alone, source = config.system.expert, config.experts.source
     source = alone if alone not in (None, *config.experts.names) else source
     if config.system.kind != "base" and isinstance(source, str) and source != SCRATCH:
-        stages["experts"] = [_run_of(source)]
+        stages["experts"] = [run_of(source)]
     out = {}
     for stage, runs in stages.items():
         own = (line for run in runs for line in RunFolder(run).metrics())
@@ -265,16 +275,11 @@ def _training(config: RunConfig) -> dict[str, float]:
 def _routers(config: RunConfig) -> list[Path]:
     """The run of a router, of the one that it began with, and so on."""
     runs, source = [Path(config.out)], config.router.source
-    while source is not None and _run_of(source) not in runs:
-        runs.append(_run_of(source))
+    while source is not None and run_of(source) not in runs:
+        runs.append(run_of(source))
         file = runs[-1] / "config-router.yaml"
         source = load_config(file, stage="router").router.source if file.exists() else None
     return runs
-
-
-def _run_of(path: str) -> Path:
-    """The run that a path is, or is a folder of."""
-    return next((p for p in (Path(path), *Path(path).parents[:2]) if (p / "run.json").exists()), Path(path))
 
 
 def _key(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,14 +205,24 @@ def _varied(below: dict[str, Any], variant: dict[str, Any], where: str) -> dict[
     for key in ("model", "out", "seed"):
         if key in variant:
             raise UserError(f"{where}: {key}: is the same for all variants, or given by the comparison; remove it")
-    kind = variant["system"].get("kind", "mocae") if isinstance(variant.get("system"), dict) else "mocae"
-    for key in ("mocae", "train", "router") if kind != "mocae" else ():
-        if key in variant:
-            raise UserError(f"{where}: {key}: has no effect on system.kind {kind!r}; remove it")
     mocae = variant.get("mocae")
     if isinstance(mocae, dict) and "preset" in mocae:
         below = {**below, "mocae": {}}
     return _layered(below, variant)
+
+
+def keys_of(path: str | Path) -> list[str]:
+    """The keys that a file gives values, as overrides name them (``--key.sub``).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+
+    def leaves(node: dict[str, Any], above: str) -> Iterator[str]:
+        for key, value in node.items():
+            yield from leaves(value, f"{above}{key}.") if isinstance(value, dict) else [f"{above}{key}"]
+
+    return list(leaves(_read(Path(path)), "--"))
 
 
 def shadowed(path: str | Path, flags: Sequence[str]) -> list[str]:

@@ -132,6 +132,11 @@ def _difference(old: Any, new: Any, path: str = "") -> str | None:
     return next((place for place in found if place is not None), None)
 
 
+def run_of(path: str | Path) -> Path:
+    """The run that a path is, or is a folder of; the path itself where it is of none."""
+    return next((p for p in (Path(path), *Path(path).parents[:2]) if (p / "run.json").exists()), Path(path))
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

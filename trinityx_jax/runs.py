@@ -245,10 +245,13 @@ def load_trained_router(path: str | Path, fingerprint: str | None = None) -> Rou
     Raises:
         UserError: as ``load_router``; the run was calibrated by an older version, which kept none.
     """
-    router, folder = load_router(path, fingerprint), _trained_router(Path(path))  # raises where there is none
+    folder = _trained_router(Path(path))
+    router = load_router(
+        folder if folder.name == UNCALIBRATED else path, fingerprint
+    )  # a run's says which run has none
     if (Path(path) / "run.json").exists() and folder.name != UNCALIBRATED and router.config.calibration != "none":
         raise UserError(f"{path}: keeps no router as training left it; give {folder}, or train it anew")
-    return load_router(folder, fingerprint)
+    return router
 
 
 def _trained_router(path: Path) -> Path:

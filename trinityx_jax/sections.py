@@ -240,7 +240,7 @@ class SystemConfig(Section):
 class EvaluateConfig(Section):
     """Rows per batch, prompts answered side by side (per objective), answer length, bootstrap resamples.
 
-    ``multiple_choice``: TruthfulQA's mc_task.json, for ``trinityx compare``; ``multiple_choice_prompt``: lm-eval's six
+    ``multiple_choice``: TruthfulQA's mc_task.json; ``multiple_choice_prompt``: lm-eval's six
     examples before each question, or the tokenizer's template.
     """
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from trinityx_jax.config import NAME, SCRATCH, RunConfig, load_config, shadowed
+from trinityx_jax.config import NAME, SCRATCH, RunConfig, keys_of, load_config, shadowed
 from trinityx_jax.errors import UserError
 from trinityx_jax.mocae import MoCaEConfig
 from trinityx_jax.runs import one_expert, source_folders
@@ -47,6 +47,10 @@ def file_variants(
         Variant(label, _seeded(path, overrides, Path(out) / label, seeds, file))
         for label, file in zip(labels, files, strict=True)
     ]
+    for file, variant in zip(files, found, strict=True):
+        for flag in keys_of(file):
+            if idle(variant.configs[0], flag):
+                raise UserError(f"{file}: {flag.removeprefix('--')}: has no effect on this system; remove it")
     above = {label: shadowed(file, overrides[::2]) for label, file in zip(labels, files, strict=True)}
     for flag in overrides[::2]:
         own = [label for label, flags in above.items() if flag in flags]
@@ -82,15 +86,17 @@ def grid_variants(
 
 
 def idle(config: RunConfig, flag: str) -> bool:
-    """Whether a system that is not trained has no use for an override."""
+    """Whether a system that is not trained has no use for a key (``--key.sub``)."""
     kind, (section, *keys) = config.system.kind, flag.removeprefix("--").split(".")
-    if kind == "mocae":
+    if kind == "mocae" and config.mocae_config().routing != "uniform":
         return False
     if section == "data" and len(keys) > 1:
         return keys[1] not in TEST_ROWS
     if section == "train":
         return keys not in ([], ["seq_len"])  # to which test rows are cut
-    return section in ("mocae", "router", "checkpoint", "seed") or (kind == "base" and flag == "--experts.from")
+    if section in ("mocae", "router"):
+        return kind != "mocae"  # what a uniform router has no use for is refused by itself
+    return section in ("checkpoint", "seed") or (kind == "base" and [section, *keys[:1]] == ["experts", "from"])
 
 
 def _seeded(

@@ -55,7 +55,7 @@ def test_bad_files_are_one_sentence(tmp_path: Path, capsys: Any) -> None:
     np.savez(tmp_path / "other.npz", key="k")
     whole = (tmp_path / "x.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[:600])
-    for key, value in {"rows": "0b", "model": "2b", "objectives": ["kind", "good"]}.items():
+    for key, value in {"rows": "0b", "model": "2b", "objectives": ["kind", "good"], "bootstrap": 60}.items():
         save(tmp_path / f"{key}.npz", {"a": {"1": columns(1)}}, RECIPES, FACTS | {key: value})
     save(tmp_path / "lack.npz", one, RECIPES, {"rows": "0a"})
     save(tmp_path / "recipe.npz", {"a": {"1": columns(1)}}, {"a": "0f"}, FACTS)
@@ -67,6 +67,7 @@ def test_bad_files_are_one_sentence(tmp_path: Path, capsys: Any) -> None:
         "x.npz rows.npz": "rows.npz: was measured with other test rows than",
         "x.npz model.npz": "model.npz: was measured with other base model than",
         "x.npz objectives.npz": "objectives.npz: was measured with other objectives than",
+        "x.npz bootstrap.npz": "bootstrap.npz: was measured with other evaluate.bootstrap than",
         "x.npz recipe.npz": "recipe.npz: 'a' is configured otherwise in",
         "x.npz unrouted.npz": "unrouted.npz: 'a' is configured otherwise in",
         "x.npz repeat.npz": "repeat.npz: 'a' of seed 0 has other numbers",

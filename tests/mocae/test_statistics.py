@@ -59,12 +59,20 @@ def test_forward_gives_them_on_request(tiny_model: Any) -> None:
     for own, other in zip(vars(found).values(), vars(expected).values(), strict=True):
         np.testing.assert_array_equal(own, other)
     assert found.kl is None
+    _, _, again = tx.forward(
+        backbone, tokens, experts=experts, router=router, mask=mask, statistics=True, previous=PREVIOUS
+    )
+    load = np.asarray(again.load, np.float64)
+    np.testing.assert_allclose(again.kl, (load * np.log(load / PREVIOUS)).sum(axis=-1), rtol=1e-5)
     options = {"experts": experts, "router": router, "statistics": True}
     for changes, named in (
         ({"objectives": ["kind", "honest"]}, "kind"),
         ({"objectives": ["honest"]}, "1 names for 2 rows"),
         ({"objectives": ["honest"] * 2, "statistics": False}, "without statistics"),
         ({"router": None, "weights": {"helpful": 1.0}}, "there is no router"),
+        ({"previous": PREVIOUS, "statistics": False}, "previous: has no effect"),
+        ({"previous": PREVIOUS[:, :2]}, r"previous: has the shape \(2, 2\), not \(2, 3\)"),
+        ({"previous": PREVIOUS, "router": None, "weights": {"helpful": 1.0}, "statistics": False}, "without a router"),
     ):
         with pytest.raises(UserError, match=named):
             tx.forward(backbone, tokens, **{**options, **changes})

@@ -18,12 +18,15 @@ from trinityx_jax import cli
 from trinityx_jax.config import RunConfig, load_config
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector
+from trinityx_jax.generation.decode import generate_ids
+from trinityx_jax.mocae.router import init_router
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import load_experts, load_router, load_trained_router, open_run, save_expert, save_router
 from trinityx_jax.training.router_stage import router_done, router_settings, stage_experts, train_router
 
 NAMES = ("helpful", "harmless", "honest")
 AS_TRAINED = ("--mocae.calibration", "none")
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def configure(tiny_config: Path, out: Path, *flags: str) -> RunConfig:
@@ -44,34 +47,39 @@ def changed(one: Any, other: Any) -> list[bool]:
 
 
 @pytest.mark.parametrize(
-    ("preset", "trained"),
+    ("file", "trained"),
     [
-        ("recommended", {"kernel", "bias"}),
-        ("literal", {"kernel", "bias", "norm"}),
-        ("h3fusion", {"kernel", "experts"}),
-        ("mixlora", {"kernel", "experts"}),
-        ("xlora", {"kernel", "bias"}),
-        ("uniform", set()),
+        ("ablations/recommended", {"kernel", "bias"}),
+        ("ablations/literal", {"kernel", "bias", "norm"}),
+        ("ablations/finetuning-mocae", {"kernel", "bias", "experts"}),
+        ("ablations/no-task-vectors", {"kernel", "bias", "experts"}),
+        ("baselines/h3fusion", {"kernel", "experts"}),
+        ("baselines/mixlora", {"kernel", "experts"}),
+        ("baselines/xlora", {"kernel", "bias"}),
+        ("baselines/uniform", set()),
     ],
 )
-def test_every_preset_trains_what_it_says_and_nothing_else(
-    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, preset: str, trained: set[str]
+def test_every_configuration_trains_what_it_says_and_generates(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, file: str, trained: set[str]
 ) -> None:
-    flags = ("--experts.from", str(tiny_run), "--mocae.preset", preset, "--mocae.calibration", "none")
-    config = configure(tiny_config, tmp_path / "run", *flags)
-    found = train_router(config, run.backbone, run.vectors)
-    start = tx.init_router(run.backbone, run.vectors, preset=preset, seed=config.seed)
+    flags = ["--out", str(tmp_path / "run"), "--experts.from", str(tiny_run), *AS_TRAINED]
+    config = load_config(tiny_config.with_name("router.yaml"), flags, "compare", CONFIGS / f"{file}.yaml")
+    before = stage_experts(config, run.backbone)
+    found = train_router(config, run.backbone, before)
+    start = init_router(run.backbone.config, NAMES, found.gamma, config.mocae_config(), config.seed)
     moved = {part for part in ("kernel", "bias", "gamma", "temperature", "norm")
              if any(changed(getattr(found, part), getattr(start, part)))}  # fmt: skip
     own = load_experts(tmp_path / "run")
     assert list(own) == list(NAMES)
-    moved |= {"experts"} if any(any(changed(own[n].sites, run.vectors[n].sites)) for n in NAMES) else set()
+    moved |= {"experts"} if any(any(changed(own[n].sites, before[n].sites)) for n in NAMES) else set()
     assert moved == trained
     for name in NAMES:  # the scale is no weight, and the run they come from keeps its own
-        np.testing.assert_array_equal(own[name].sites["up"]["scale"], run.vectors[name].sites["up"]["scale"])
+        np.testing.assert_array_equal(own[name].sites["up"]["scale"], before[name].sites["up"]["scale"])
         assert not any(changed(load_experts(tiny_run)[name].sites, run.vectors[name].sites))
-    text = tx.generate(run.backbone, ["Hello"], experts=own, router=load_router(tmp_path / "run"), max_new_tokens=3)
-    assert len(text) == 1
+    router, prompt = load_router(tmp_path / "run"), [5, 3, 9, 4]
+    answer = generate_ids(run.backbone, [prompt], experts=own, router=router, max_new_tokens=4)[0]
+    logits, _ = tx.forward(run.backbone, [prompt + answer], experts=own, router=router)  # without a cache
+    assert answer == logits[0, 3 : 3 + len(answer)].argmax(-1).tolist()
 
 
 def test_experts_that_are_trained_too_survive_a_stop(

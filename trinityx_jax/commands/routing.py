@@ -152,7 +152,7 @@ def _compared(config: str, rest: Sequence[str], own: dict[str, str | None], **wh
     from trinityx_jax.variants import file_variants, grid_variants
 
     seeds = None if own["--seeds"] is None else parse_seeds(own["--seeds"])
-    folder = own["--out"] or f"{load_config(config).out}/{'compare' if 'files' in what else 'sweep'}"
+    folder = own["--out"] or f"{load_config(config, rest).out}/{'compare' if 'files' in what else 'sweep'}"
     if "files" in what:
         variants = file_variants(config, what["files"], rest, folder, seeds)
     else:

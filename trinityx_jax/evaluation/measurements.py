@@ -16,7 +16,12 @@ from trinityx_jax.evaluation.store import DAMAGED
 from trinityx_jax.files import write_bytes
 
 FORMAT = 1
-KINDS = {"rows": "test rows", "model": "base model", "objectives": "objectives"}  # what all must have in common
+KINDS = {  # what all must have in common
+    "rows": "test rows",
+    "model": "base model",
+    "objectives": "objectives",
+    "bootstrap": "evaluate.bootstrap",
+}
 NEEDED = {"nll", "tokens", "objective"}
 Systems = dict[str, dict[str, Columns]]  # by label and seed
 
@@ -28,7 +33,7 @@ def save(
 
     Args:
         recipes: a digest of each system's configuration, seeds and places apart.
-        facts: what they are of (the keys of ``KINDS``), and ``bootstrap``.
+        facts: what they are of (the keys of ``KINDS``).
     """
     order = [(label, seed) for label, seeds in systems.items() for seed in seeds]
     columns = [systems[label][seed] for label, seed in order]
@@ -60,7 +65,7 @@ def load(path: Path) -> tuple[Systems, dict[str, str], dict[str, Any]]:
                     raise ValueError
                 found.setdefault(label, {})[seed] = Columns(values, dict(about["costs"][place]))
             recipes = {label: about["recipes"][label] for label in found}
-            return found, recipes, {key: about["facts"][key] for key in (*KINDS, "bootstrap")}
+            return found, recipes, {key: about["facts"][key] for key in KINDS}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except DAMAGED as error:

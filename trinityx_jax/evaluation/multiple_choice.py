@@ -38,6 +38,11 @@ class Question:
     single: list[str]
     single_true: np.ndarray
 
+    @property
+    def normalised(self) -> str:
+        """As training rows are kept apart from test rows by (``Example.question``)."""
+        return Example(self.question, "", "").question
+
 
 def load_questions(source: str, split: str = "test", limit: int | None = None) -> list[Question]:
     """Questions of a multiple-choice file of TruthfulQA's.

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trinityx_jax.config import load_config
+from trinityx_jax.config import RunConfig, load_config
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.answers import side_by_side
+from trinityx_jax.evaluation.held_rows import held_out_pairs
 from trinityx_jax.evaluation.heldout import evaluate
+from trinityx_jax.evaluation.multiple_choice import load_questions
 from trinityx_jax.files import write_json
 from trinityx_jax.runs import load_uncalibrated, open_run
 from trinityx_jax.sections import TEST_KEYS, UNSEEN, EvaluateConfig
+from trinityx_jax.training.seen import CHOICES, warn_of_test
 
 CALIBRATION_KEYS = ("batch_size", "bootstrap")  # of evaluate, which a calibration reads
 
@@ -43,11 +46,24 @@ def evaluate_run(
         raise UserError(f"{folder.path}: holds no configuration (config-experts.yaml)")
     before = load_uncalibrated(folder, opened.router)
     target, config = Path(out) if out else folder.path / "evaluation", load_config(found[0], overrides)
+    _warn(config, load_config(found[0]))
     results = evaluate(config, opened.backbone, opened.vectors, opened.router, target, before)
     if opened.router is not None:
         answers = side_by_side(config, opened.backbone, opened.vectors, opened.router)
         write_json(target / "answers.json", answers)
     return results, target / "results.json"
+
+
+def _warn(config: RunConfig, trained: RunConfig) -> None:
+    """Of test questions that were trained on: other ones than training left out, and multiple-choice ones."""
+    names, e = config.experts.names, config.evaluate
+    pairs = [pair for n in names for _, own in held_out_pairs(config, n) for pair in own]
+    tests = {"test questions": [pair.chosen.question for pair in pairs]} if config.data != trained.data else {}
+    if e.multiple_choice is not None:
+        questions = load_questions(e.multiple_choice, e.multiple_choice_split, e.multiple_choice_limit)
+        tests[CHOICES] = [question.normalised for question in questions]
+    if tests:
+        warn_of_test(trained, tests)
 
 
 def check_overrides(overrides: Sequence[str], out: str | Path | None, calibration: bool = False) -> None:

@@ -43,6 +43,7 @@ from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.optimizer import make_optimizer
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
+from trinityx_jax.training.seen import warn_of_calibration
 from trinityx_jax.training.settings import SAME_RESULT, check_one_process, data_settings
 from trinityx_jax.training.state import TrainState, router_state
 from trinityx_jax.training.step import after_stage_2, router_step, trained_experts, trained_router
@@ -116,7 +117,12 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     check_router(config)
     own = _own(config, vectors)
     start = _start(config, backbone, own, vectors)
-    rows = None if mocae.routing == "uniform" else load_training_rows(config, backbone, together=True)
+    rows = None
+    if mocae.routing != "uniform":
+        rows = load_training_rows(config, backbone, together=True)
+        warn_of_calibration(config)
+    elif config.model_fields_set & {"train", "checkpoint"}:
+        log.warning("%s: routing is uniform: nothing is trained, and keys of train and checkpoint do nothing", run.path)
     run.open(backbone, config.model)
     settings = router_settings(config)
     if config.train.anew and run.changed("router", settings) is not None:
