@@ -167,6 +167,27 @@ def test_shared_mixture_equals_the_naive_one_forward_and_backward(
 
 
 @pytest.mark.parametrize(
+    ("activation", "reference"),
+    [
+        ("gelu", lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2),
+        ("gelu_pytorch_tanh", lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2),
+        ("relu", lambda x: np.maximum(x, 0)),
+    ],
+)
+@pytest.mark.parametrize("function", [mixture, full_mixture])
+def test_the_activation_is_the_backbone_s(activation: str, reference: Any, function: Any) -> None:
+    layer = make_layer(3, bias=True)
+    found = function(layer.mlp, layer.experts, layer.u, layer.alpha, activation)
+    mlp, experts, u, alpha = (wide(x) for x in (layer.mlp, layer.experts, layer.u, layer.alpha))
+    expected = np.zeros_like(u)
+    for e in range(3):
+        kernel = {s: mlp[s]["kernel"] + x["scale"][e] * x["a"][e] @ x["b"][e] for s, x in experts.items()}
+        m = reference(u @ kernel["gate"] + mlp["gate"]["bias"]) * (u @ kernel["up"] + mlp["up"]["bias"])
+        expected += alpha[..., e : e + 1] * (m @ kernel["down"] + mlp["down"]["bias"])
+    near(found, expected, 2e-6)
+
+
+@pytest.mark.parametrize(
     ("count", "bias", "sites"),
     [(1, False, FEED_FORWARD), (3, True, FEED_FORWARD), (3, True, ("gate", "up")), (3, False, ("down",))],
 )

@@ -13,6 +13,7 @@ import pytest
 
 import trinityx_jax as tx
 from trinityx_jax.config import RunConfig, load_config
+from trinityx_jax.data.batching import TrainingBatches
 from trinityx_jax.errors import UserError
 from trinityx_jax.runs import open_run
 from trinityx_jax.training.router_stage import train_router
@@ -78,6 +79,37 @@ def test_dynamic_gamma_follows_the_loss_of_each_expert_over_the_base_s(
         else:
             assert not any(key.startswith("gamma/") for key in line)
     np.testing.assert_allclose(router.gamma, gamma, rtol=1e-4)
+
+
+def test_what_is_logged_of_a_step_is_forward_s_statistics_of_its_rows(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    """At a rate of nothing every step has the router that training begins with; KL is from the step before."""
+    flags = ("--train.learning_rate", "1e-12", "--experts.from", str(tiny_run))
+    config = configure(tiny_config, tmp_path / "run", {"calibration": "none"}, *flags)
+    router = train_router(config, run.backbone, run.vectors)
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    rows = load_training_rows(config, run.backbone, together=True).train
+    batches = TrainingBatches(rows, config.train.batch_size, 0, config.seed + 1, join=True)
+    previous = np.full((run.backbone.config.num_layers, 3), 1 / 3)
+    for step, line in enumerate(lines):
+        own = [(row, name) for name in NAMES for slot in batches.slots(step, name) for row in slot]
+        size = config.train.seq_len  # one program for all steps
+        tokens = np.stack([np.pad(row.ids, (0, size - len(row.ids))) for row, _ in own])
+        mask = np.arange(size) < np.array([[len(row.ids)] for row, _ in own])
+        _, pi, found = tx.forward(
+            run.backbone, tokens, experts=run.vectors, router=router, mask=mask, statistics=True,
+            objectives=[name for _, name in own], previous=previous,
+        )  # fmt: skip
+        previous = np.asarray(found.load)
+        hits = [NAMES[int(p[real].mean(axis=(0, 1)).argmax())] == name
+                for p, real, (_, name) in zip(np.asarray(pi), mask, own, strict=True)]  # fmt: skip
+        expected = {"entropy": found.layer_entropy.mean(), "kl": found.kl.mean(), "gate_accuracy": np.mean(hits)}
+        expected |= {f"load/{name}": found.load.mean(axis=0)[i] for i, name in enumerate(NAMES)}
+        for key, value in expected.items():
+            assert line[key] == pytest.approx(float(value), rel=1e-4, abs=1e-7), (step, key)
+    assert lines[1]["kl"] > 1e-6
 
 
 @pytest.mark.parametrize(
