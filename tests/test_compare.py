@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 from trinityx_jax import cli, compare
 from trinityx_jax.config import load_config
 from trinityx_jax.evaluation.metrics import log_perplexity_difference, perplexity
-from trinityx_jax.runs import load_expert, save_expert
+from trinityx_jax.runs import load_expert, load_router, save_expert
+from trinityx_jax.training import loop
 from trinityx_jax.variants import file_variants
 
 BASELINES = Path(__file__).parents[1] / "configs" / "baselines"
+RESULTS = BASELINES.parent / "results"
 ABLATIONS = BASELINES.parent / "ablations"
 NAMES = ("helpful", "harmless", "honest")
 QUESTION = {"mc1_targets": {"No.": 0, "Because.": 1}, "mc2_targets": {"Because.": 1, "So it is.": 1, "No, never.": 0}}
@@ -188,6 +191,41 @@ def test_a_sweep_over_seeds_averages_them(router_config: Path, tiny_run: Path, t
     assert json.loads((tmp_path / "both" / "comparison.json").read_text()) == found
 
 
+def test_a_sweep_of_routers_goes_on_where_it_was_stopped(
+    router_config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, checks = tmp_path / "out", iter([False] * 4)
+    command = [
+        "sweep", str(router_config), "--over", "mocae.temperature=0.3,1.5", "--over", "train.steps=3",
+        "--over", "mocae.lambda_kl=0.2", "--over", "mocae.top_k=2", "--out", str(out),
+        "--evaluate.multiple_choice", "null", "--evaluate.multiple_choice_prompt", "six-shot",
+    ]  # fmt: skip
+
+    class Signals(list):
+        def __bool__(self) -> bool:
+            return next(checks, True)
+
+    with monkeypatch.context() as patched:  # in the second system's training
+        patched.setattr(loop, "stop_on_signals", lambda: contextlib.nullcontext(Signals([15])))
+        assert cli.main(command) == 75
+    assert "run again to go on" in capsys.readouterr().err
+    assert not (out / "comparison.json").exists()
+    runs = [out / f"temperature={t}_steps=3_lambda_kl=0.2_top_k=2" for t in ("0.3", "1.5")]
+    first = {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()}
+    assert (runs[0] / "comparison.npz") in first
+    assert cli.main(command) == 0
+    kept = {path: content for path, content in first.items() if path.name != "comparison-answers.json"}
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    for run, temperature in zip(runs, (0.3, 1.5), strict=True):
+        router = load_router(run)
+        assert (router.config.temperature, router.config.top_k, router.config.lambda_kl) == (temperature, 2, 0.2)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3]
+    found = json.loads((out / "comparison.json").read_text())["systems"]
+    assert list(found) == [f"temperature={t} steps=3 lambda_kl=0.2 top_k=2" for t in ("0.3", "1.5")]
+    assert len({own["perplexity"]["honest"]["value"] for own in found.values()}) == 2
+
+
 def test_a_flag_that_some_variants_have_their_own_value_for_is_said(
     router_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -351,3 +389,31 @@ def test_every_variant_that_ships_goes_with_every_shipped_configuration(path: Pa
     config = load_config(shipped, flags, "compare", path)
     assert config.experts.source == ("scratch" if "scratch" in path.read_text() else "runs/other")
     assert config != load_config(shipped, flags, "compare") or path.stem in ("recommended", "mocae-gl-rl")
+    assert [variant.label for variant in file_variants(str(shipped), [str(path)], flags[2:], "out", None)] == [
+        path.stem
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.yaml")), ids=lambda p: p.stem)
+def test_a_variant_of_the_results_has_its_seed_s_own_parts(path: Path) -> None:
+    (variant,) = file_variants(str(RESULTS / "mocae.yaml"), [str(path)], [], "out", [0, 7])
+    for config, seed in zip(variant.configs, (0, 7), strict=True):
+        assert config.experts.source in ("scratch", f"runs/mocae-{seed}")
+        assert config.router.source in (None, f"runs/compare/sharper/seed-{seed}")
+        assert config.system.expert in (None, f"runs/joint-{seed}/experts/joint")
+        assert config.out == f"out/{path.stem}/seed-{seed}"
+
+
+def test_joint_fine_tuning_is_one_expert_of_every_objective(
+    router_config: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    joint, small = BASELINES / "joint", ["--train.steps", "2", "--train.seq_len", "48", "--experts.rank", "2"]
+    assert cli.main(["train-experts", str(joint / "experts.yaml"), "--model", str(tiny_model), *small]) == 0
+    lines = (tmp_path / "runs" / "smollm2-135m-joint" / "metrics.jsonl").read_text().splitlines()
+    assert [set(json.loads(line)) & {"loss/joint", "loss/honest"} for line in lines] == [{"loss/joint"}] * 2
+    files = [str(joint / "joint.yaml"), str(BASELINES / "base.yaml")]
+    assert cli.main(["compare", str(router_config), *files, "--out", "out", "--against", "base"]) == 0
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert all(own["value"] != 0 for own in found["difference"]["joint"]["base"].values())
+    assert len(found["answers"][0]["answers"]["joint"]) > 0
