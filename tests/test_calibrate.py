@@ -112,6 +112,8 @@ def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
     np.testing.assert_array_equal(router.kernel, start.kernel)
     assert np.any(router.bias != start.bias)
     assert found["temperature"]["after"] == np.asarray(router.temperature).tolist()
+    low, high = np.min(router.temperature), np.max(router.temperature)
+    assert f"temperature 0.700 before, {low:.3f} to {high:.3f} after" in shown.replace("\n", " ")
     assert found["pool"] == {key: np.asarray(x).tolist() for key, x in router.pool.items()}
     assert json.loads(after["run.json"])["stages"]["router"]["temperature"] == found["temperature"]["after"]
     calibration = load_training_rows(config, opened.backbone, together=True).calibration

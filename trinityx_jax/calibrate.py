@@ -238,6 +238,19 @@ def _save(run: OpenRun, start: Router, after: Router, results: dict[str, Any]) -
         )
 
 
+def fitted(results: Mapping[str, Any]) -> str:
+    """What was fitted, in one line: temperatures, the powers that make a row's mean a forecast, each expert's own."""
+
+    def span(values: Any) -> str:
+        low, high = np.min(values), np.max(values)
+        return f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}"
+
+    before, after = (span(results["temperature"][state]) for state in ("before", "after"))
+    powers = " and ".join(f"a {what}'s {float(results['pool'][f'{what}_sharpness']):.2f}" for what in ("row", "prompt"))
+    own = ", ".join(f"{name} {value:.3f}" for name, value in results["expert_temperatures"].items())
+    return f"temperature {before} before, {after} after; power of {powers}; of the experts' own logits: {own}"
+
+
 def calibration_tables(results: Mapping[str, Any]) -> Group:
     """What a terminal shows: every metric with its 95 % interval, a table for each kind of rows and each label."""
     tables = []

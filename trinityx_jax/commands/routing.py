@@ -54,11 +54,12 @@ def calibrate(
             those for each expert in each layer.
         to: what to fit to: the objective a row is of, or the experts' losses on a row or token.
     """
-    from trinityx_jax.calibrate import calibrate_run, calibration_tables
+    from trinityx_jax.calibrate import calibrate_run, calibration_tables, fitted
 
     rest, own = own_options(overrides, {"--fit": fit, "--to": to})
     results = calibrate_run(run, own["--fit"], own["--to"] or "objective", rest)
     show(calibration_tables(results))
+    print(fitted(results))
     print(f"wrote {Path(run) / 'router'}, {Path(run) / 'calibration'}")
     return OK
 
