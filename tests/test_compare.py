@@ -182,6 +182,10 @@ def test_a_sweep_over_seeds_averages_them(router_config: Path, tiny_run: Path, t
             np.testing.assert_allclose(system["perplexity"][name]["value"], np.sqrt(np.prod(alone)), rtol=1e-6)
             gap = log_perplexity_difference(nll, other, tokens, resamples=100)
             assert flat(found["difference"][label][labels[1 - place]][name]) == pytest.approx(flat(gap.as_dict()))
+        alone = [system["perplexity"][name]["value"] for name in NAMES]
+        assert system["mean_perplexity"]["value"] == pytest.approx(np.prod(alone) ** (1 / 3))
+        gaps = [found["difference"][label][labels[1 - place]][name]["value"] for name in NAMES]
+        assert found["mean_difference"][label][labels[1 - place]]["value"] == pytest.approx(np.mean(gaps))
     parts = []
     for seed in "01":  # each alone, as on two machines, and one table of both
         assert cli.main([*command[: command.index("--seeds") + 1], seed, *command[command.index("--seeds") + 2 :]]) == 0

@@ -67,6 +67,25 @@ def test_ece_and_the_reliability_curve_equal_plain_loops_and_sklearn(bins: int) 
     assert all(point["low"] <= point["confidence"] <= point["high"] for point in curve)
 
 
+def test_a_mean_over_groups_resamples_each_by_itself() -> None:
+    """Of ratios whose mean has a known spread: a sum of independent ones."""
+    draw = np.random.default_rng(1)
+    groups = [
+        (draw.normal(m, s, n), np.full(n, t)) for m, s, n, t in ((9, 1, 300, 3), (40, 6, 900, 10), (2, 1, 200, 2))
+    ]
+    means = [float(x.sum() / c.sum()) for x, c in groups]
+    spread = np.sqrt(sum((x.std() / c[0]) ** 2 / len(x) for x, c in groups)) / 3
+    found = metrics.averaged(lambda x, c: x.sum(axis=1) / c.sum(axis=1), groups, np.exp, resamples=4000)
+    assert (found.value, found.n) == (pytest.approx(np.exp(np.mean(means))), 1400)
+    expected = np.mean(means) + 1.96 * spread * np.array([-1, 1])
+    np.testing.assert_allclose(np.log(found.interval), expected, atol=0.15 * spread)
+    one = metrics.averaged(lambda x, c: x.sum(axis=1) / c.sum(axis=1), groups[:1], np.exp)
+    plain = metrics.perplexity(*groups[0])
+    assert (one.value, *one.interval) == pytest.approx((plain.value, *plain.interval), rel=1e-6)
+    with pytest.raises(UserError, match="no rows"):
+        metrics.averaged(lambda x: x.mean(axis=1), [([1.0],), ([],)])
+
+
 def test_known_values() -> None:
     uniform = np.full((300, 3), 1 / 3)
     labels = np.arange(300) % 3

@@ -53,7 +53,8 @@ def comparison(
         for key in ("tokens", "objective"):
             if any(not np.array_equal(seed.values[key], first[key]) for seed in own.values()):
                 raise UserError(f"{label}: was measured on other test rows than {next(iter(columns))!r}")
-    out: dict[str, Any] = {"objectives": list(names), "against": against, "systems": {}, "difference": {}}
+    out: dict[str, Any] = {"objectives": list(names), "against": against}
+    out |= {"systems": {}, "difference": {}, "mean_difference": {}}
     for label, own in columns.items():
         seeds = list(own.values())
         out["systems"][label] = {
@@ -65,11 +66,12 @@ def comparison(
             },
             "seeds": {name: _quality([seed], names, None) for name, seed in own.items()},
         }
-        out["difference"][label] = {}
+        out["difference"][label], out["mean_difference"][label] = {}, {}
         for other, theirs in columns.items():
             if other != label and (shared := [seed for seed in own if seed in theirs]):
                 mine, others = ([part[seed] for seed in shared] for part in (own, theirs))
-                out["difference"][label][other] = _difference(mine, others, names, resamples)
+                found, mean = _difference(mine, others, names, resamples)
+                out["difference"][label][other], out["mean_difference"][label][other] = found, mean
     return out
 
 
@@ -77,18 +79,21 @@ def _quality(seeds: Sequence[Columns], names: Sequence[str], resamples: int | No
     """Perplexity and preference by objective, MC1, MC2 and routing; without ``resamples``, values alone."""
 
     def done(statistic: Callable[..., np.ndarray], *own: np.ndarray) -> Any:
-        if resamples is None:
-            return float(statistic(*(x[None] for x in own))[0])
-        return metrics.bootstrap(statistic, *own, resamples=resamples).as_dict()
+        found = metrics.bootstrap(statistic, *own, resamples=resamples or 1)
+        return found.value if resamples is None else found.as_dict()
 
     nll, tokens = _mean(seeds, "nll"), seeds[0].values["tokens"]
     wins = np.mean([_wins(own) for own in seeds], axis=0)
     objective = seeds[0].values["objective"]
     out: dict[str, Any] = {"perplexity": {}, "preference": {}}
+    groups = []
     for index, name in enumerate(names):
         rows = np.flatnonzero(objective == index)
-        out["perplexity"][name] = done(_perplexity, nll[rows], tokens[rows].astype(float))
+        groups.append((nll[rows], tokens[rows]))
+        out["perplexity"][name] = done(_perplexity, *groups[-1])
         out["preference"][name] = done(_average, wins[rows])
+    mean = metrics.averaged(_log_perplexity, groups, np.exp, resamples or 1)
+    out["mean_perplexity"] = mean.value if resamples is None else mean.as_dict()
     for key in ("mc1", "mc2"):
         if key in seeds[0].values:
             out[key] = done(_average, _mean(seeds, key))
@@ -119,15 +124,14 @@ def _routing(
 
 def _difference(
     seeds: Sequence[Columns], others: Sequence[Columns], names: Sequence[str], resamples: int
-) -> dict[str, Any]:
-    """Log perplexity less another system's on the same rows, paired, by objective."""
-    mine, theirs, tokens = _mean(seeds, "nll"), _mean(others, "nll"), seeds[0].values["tokens"]
-    out = {}
-    for index, name in enumerate(names):
-        rows = np.flatnonzero(seeds[0].values["objective"] == index)
-        found = metrics.log_perplexity_difference(mine[rows], theirs[rows], tokens[rows], resamples=resamples)
-        out[name] = found.as_dict()
-    return out
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Log perplexity less another system's on the same rows, paired: by objective, and their mean."""
+    apart, tokens = _mean(seeds, "nll") - _mean(others, "nll"), seeds[0].values["tokens"]
+    rows = [np.flatnonzero(seeds[0].values["objective"] == index) for index in range(len(names))]
+    groups = [(apart[own], tokens[own]) for own in rows]
+    found = [metrics.bootstrap(_log_perplexity, *own, resamples=resamples).as_dict() for own in groups]
+    mean = metrics.averaged(_log_perplexity, groups, resamples=resamples)
+    return dict(zip(names, found, strict=True)), mean.as_dict()
 
 
 def _mean(seeds: Sequence[Columns], key: str) -> np.ndarray:
@@ -143,11 +147,16 @@ def _average(x: np.ndarray) -> np.ndarray:
     return x.mean(axis=1)
 
 
+def _log_perplexity(nll: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    return nll.sum(axis=1) / tokens.sum(axis=1)
+
+
 def _perplexity(nll: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    return np.exp(nll.sum(axis=1) / tokens.sum(axis=1))
+    return np.exp(_log_perplexity(nll, tokens))
 
 
 Grid = tuple[list[str], list[list[str]]]
+MEAN = "(mean)"  # over objectives, of log perplexity; no objective can be named so
 QUALITY, PREFERENCE = "Perplexity of held-out answers ↓, TruthfulQA % ↑", "Prefers the better answer, % ↑"
 
 
@@ -155,22 +164,25 @@ def overview(results: Mapping[str, Any], intervals: bool) -> Grid:
     """One row for each system: quality, routing and cost. Without ``intervals`` it fits a terminal, less preference."""
     names, systems = results["objectives"], results["systems"]
     best = {n: min(own["perplexity"][n]["value"] for own in systems.values()) for n in names}
+    least = min(own["mean_perplexity"]["value"] for own in systems.values())
     choices = [key for key in ("mc1", "mc2") if any(key in own for own in systems.values())]
     titles, rows = _titles(results), []
     for label, own in systems.items():
         ppl, routing = own["perplexity"], own.get("routing", {})
         routed = routing.get("row", {})  # the calibrated reading, or none
         cells = [_cell(ppl[n], best=ppl[n]["value"] == best[n], interval=intervals) for n in names]
+        mean = own["mean_perplexity"]
+        cells += [_cell(mean, best=mean["value"] == least, interval=intervals)]
         if intervals:
             cells += [_cell(own["preference"][n], percent=True) for n in names]
         cells += [_cell(own.get(key), percent=True, interval=intervals) for key in choices]
         cells += [_cell(routed.get("accuracy"), percent=True, interval=intervals)]
         cells += [_cell(routed.get(key), interval=intervals) for key in ("ece15", "brier")]
-        rows.append([titles[label], *cells, *_cost(own["cost"])])
+        rows.append([titles[label], *cells, *_cost(own["cost"], intervals)])
     headings = [
-        "system", *(f"{n}\nppl ↓" for n in names), *(f"{n}\npref. % ↑" for n in names if intervals),
-        *(f"{key.upper()}\n% ↑" for key in choices), "routing\n% ↑", "ECE\n↓", "Brier\n↓",
-        "forward\n×", "memory\n×", "memory\nMiB", "stage 1\ns", "stage 2\ns",
+        "system", *(f"{n}\nppl ↓" for n in names), "mean\nppl ↓", *(f"{n}\npref. % ↑" for n in names if intervals),
+        *(f"{key.upper()}\n% ↑" for key in choices), "right\n% ↑", "ECE\n↓", "Brier\n↓",
+        "time\n×", "memory\n×", *(["memory\nMiB"] if intervals else []), "stage\n1, s", "stage\n2, s",
     ]  # fmt: skip
     return headings, rows
 
@@ -180,7 +192,12 @@ def grids(results: Mapping[str, Any]) -> dict[str, Grid]:
     names, systems, titles = results["objectives"], results["systems"], _titles(results)
     choices = [key for key in ("mc1", "mc2") if any(key in own for own in systems.values())]
     quality = [
-        [titles[label], *(_cell(own["perplexity"][n]) for n in names), *(_cell(own.get(key), True) for key in choices)]
+        [
+            titles[label],
+            *(_cell(own["perplexity"][n]) for n in names),
+            _cell(own["mean_perplexity"]),
+            *(_cell(own.get(key), True) for key in choices),
+        ]
         for label, own in systems.items()
     ]
     preference = [
@@ -193,13 +210,17 @@ def grids(results: Mapping[str, Any]) -> dict[str, Grid]:
     ]
     against = results["against"]
     differences = [
-        [titles[label], *(_cell(by[against][n], signed=True) for n in names)]
+        [
+            titles[label],
+            *(_cell(by[against][n], signed=True) for n in names),
+            _cell(results["mean_difference"][label][against], signed=True),
+        ]
         for label, by in results["difference"].items()
         if against in by
     ]
     return {
-        QUALITY: (["system", *names, *map(str.upper, choices)], quality),
-        f"Log perplexity less that of {against}, paired ↓": (["system", *names], differences),
+        QUALITY: (["system", *names, MEAN, *map(str.upper, choices)], quality),
+        f"Log perplexity less that of {against}, paired ↓": (["system", *names, MEAN], differences),
         PREFERENCE: (["system", *names], preference),
         "Routing": (["system", "reading", "accuracy, % ↑", "ECE ↓", "Brier ↓"], routing),
     }
@@ -215,17 +236,19 @@ def _titles(results: Mapping[str, Any]) -> dict[str, str]:
 def _cell(estimate: Any, percent: bool = False, signed: bool = False, best: bool = False, interval: bool = True) -> str:
     if estimate is None:
         return "–"
-    factor, form = (
-        (100, ".1f") if percent else (1, "+.3f" if signed else ".3f" if interval or estimate["value"] < 1 else ".2f")
-    )
+    factor = 100 if percent else 1
+    large = estimate["value"] >= 10 or (not interval and estimate["value"] >= 1)
+    form = ".1f" if percent else "+.3f" if signed else ".2f" if large else ".3f"
+    if estimate["value"] >= 1000:
+        form = ",.0f"
     value, low, high = (f"{factor * x:{form}}" for x in (estimate["value"], *estimate["interval"]))
     return (f"**{value}**" if best else value) + (f" [{low}, {high}]" if interval else "")
 
 
-def _cost(cost: Mapping[str, float]) -> list[str]:
+def _cost(cost: Mapping[str, float], size: bool) -> list[str]:
     seconds = (cost.get(f"{stage}_seconds") for stage in ("experts", "router"))
     return [
-        f"{cost['forward']:.2f}", f"{cost['memory']:.2f}", f"{cost['bytes'] / 2**20:,.0f}",
+        f"{cost['forward']:.2f}", f"{cost['memory']:.2f}", *([f"{cost['bytes'] / 2**20:,.0f}"] if size else []),
         *("–" if spent is None else f"{spent:,.0f}" for spent in seconds),
     ]  # fmt: skip
 
@@ -264,10 +287,10 @@ def tables(results: Mapping[str, Any]) -> Group:
     for title, (headings, rows) in parts.items():
         if not rows:
             continue
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", padding=(0, 1, 0, 0))
         for place, heading in enumerate(headings):
             table.add_column(heading, justify="left" if place == 0 else "right", overflow="fold", no_wrap=place == 0)
         for row in rows:
-            table.add_row(*(cell.replace("**", "") for cell in row))
+            table.add_row(*(cell.replace("**", "").replace(" [", "\n[") for cell in row))
         out.append(table)
     return Group(*out)

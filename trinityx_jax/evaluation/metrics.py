@@ -38,17 +38,37 @@ def bootstrap(
     Raises:
         UserError: there are no rows, or columns differ in length.
     """
-    arrays = [np.asarray(c, np.float64) for c in columns]
-    n = len(arrays[0])
-    if any(len(a) != n for a in arrays):
-        raise UserError(f"a metric's columns differ in length: {', '.join(str(len(a)) for a in arrays)}")
-    if n == 0:
-        raise UserError("a metric of no rows is not defined")
-    index = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    draws = statistic(*(a[index] for a in arrays))
-    low, high = np.percentile(draws, [2.5, 97.5])
-    value = statistic(*(a[None] for a in arrays))[0]
-    return Estimate(float(value), n, (float(low), float(high)))
+    return averaged(statistic, [columns], resamples=resamples, seed=seed)
+
+
+def averaged(
+    statistic: Callable[..., np.ndarray],
+    groups: Sequence[Sequence[Any]],
+    transform: Callable[[Any], Any] = float,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """As ``bootstrap``, of the statistic's mean over groups of rows; rows are resampled within their group.
+
+    Args:
+        groups: each group's columns.
+        transform: rising, of the mean, such as ``np.exp`` of a mean of logarithms.
+    """
+    total, size = 0.0, 0
+    draws = np.zeros(resamples)
+    for place, columns in enumerate(groups):
+        arrays = [np.asarray(c, np.float64) for c in columns]
+        n = len(arrays[0])
+        if any(len(a) != n for a in arrays):
+            raise UserError(f"a metric's columns differ in length: {', '.join(str(len(a)) for a in arrays)}")
+        if n == 0:
+            raise UserError("a metric of no rows is not defined")
+        index = np.random.default_rng(seed + place).integers(0, n, (resamples, n))
+        draws = draws + statistic(*(a[index] for a in arrays)) / len(groups)
+        total += float(statistic(*(a[None] for a in arrays))[0]) / len(groups)
+        size += n
+    low, high = (float(transform(x)) for x in np.percentile(draws, [2.5, 97.5]))
+    return Estimate(float(transform(total)), size, (low, high))
 
 
 def _mean(x: np.ndarray) -> np.ndarray:
