@@ -241,7 +241,8 @@ class EvaluateConfig(Section):
     """Rows per batch, prompts answered side by side (per objective), answer length, bootstrap resamples.
 
     ``multiple_choice``: TruthfulQA's mc_task.json; ``multiple_choice_prompt``: lm-eval's six
-    examples before each question, or the tokenizer's template.
+    examples before each question, or the tokenizer's template. ``multiple_choice_held_out``: of its questions those
+    alone that are test prompts of an objective; TruthfulQA's files are each in an order of their own.
     """
 
     batch_size: int = Field(default=16, ge=1, le=2**20)
@@ -250,5 +251,6 @@ class EvaluateConfig(Section):
     bootstrap: int = Field(default=1000, ge=100)
     multiple_choice: str | None = None
     multiple_choice_split: str = "test"
+    multiple_choice_held_out: bool = False
     multiple_choice_limit: int | None = Field(default=None, ge=1)
     multiple_choice_prompt: Literal["six-shot", "template"] = "six-shot"

@@ -11,7 +11,7 @@ from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig
 from trinityx_jax.data import templates
 from trinityx_jax.data.formats import Pair
-from trinityx_jax.data.objectives import load_pairs
+from trinityx_jax.data.objectives import load_pairs, load_prompts
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.sections import DataConfig
@@ -96,6 +96,16 @@ def held_out_pairs(config: RunConfig, name: str, limit: int | None = None) -> li
         kind, fields = data.schema_of("test")
         out.append((data, load_pairs(data.test, kind, data.test_split, size, data.skip_bad, fields)))
     return out
+
+
+def held_out_questions(config: RunConfig) -> frozenset[str]:
+    """Every objective's test prompts, normalised, whatever their ``test_limit``."""
+    out: set[str] = set()
+    for data in (data for name in config.experts.names for data in config.parts(name).values() if data.test):
+        kind, fields = data.schema_of("test")
+        found = load_prompts(data.test or "", kind, data.test_split, None, data.skip_bad, fields)
+        out |= {example.question for example in found}
+    return frozenset(out)
 
 
 def _one_template(config: RunConfig, backbone: Backbone, names: Sequence[str], held: HeldOut) -> list[Encoded]:

@@ -18,7 +18,7 @@ from trinityx_jax.data.formats import get_format
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import metrics, store
-from trinityx_jax.evaluation.held_rows import HeldOut, load_held_out, matched_length
+from trinityx_jax.evaluation.held_rows import HeldOut, held_out_questions, load_held_out, matched_length
 from trinityx_jax.evaluation.multiple_choice import Question, encode_choices, load_questions, measures
 from trinityx_jax.evaluation.scoring import Scorer, Scores
 from trinityx_jax.experts import TaskVector
@@ -167,11 +167,26 @@ def _multiple_choice(
 
 def choices(config: RunConfig, tokenizer: Any) -> tuple[list[Question], list[Encoded]]:
     """The questions of ``evaluate.multiple_choice`` and their answers as rows; none where it names no file."""
+    questions = asked(config)
+    return questions, encode_choices(questions, tokenizer, config.evaluate.multiple_choice_prompt) if questions else []
+
+
+def asked(config: RunConfig) -> list[Question]:
+    """The questions of ``evaluate.multiple_choice``; none where it names no file.
+
+    Raises:
+        UserError: it cannot be read, or holds none that is a test prompt where such alone are wanted.
+    """
     e = config.evaluate
     if e.multiple_choice is None:
-        return [], []
-    questions = load_questions(e.multiple_choice, e.multiple_choice_split, e.multiple_choice_limit)
-    return questions, encode_choices(questions, tokenizer, e.multiple_choice_prompt)
+        return []
+    found = load_questions(e.multiple_choice, e.multiple_choice_split)
+    if e.multiple_choice_held_out:
+        tests = held_out_questions(config)
+        found = [question for question in found if question.normalised in tests]
+        if not found:
+            raise UserError(f"evaluate.multiple_choice_held_out: no question of {e.multiple_choice} is a test prompt")
+    return found[: e.multiple_choice_limit]
 
 
 def truthful(config: RunConfig, names: Sequence[str]) -> int | None:

@@ -10,8 +10,7 @@ from trinityx_jax.config import RunConfig, load_config
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.answers import side_by_side
 from trinityx_jax.evaluation.held_rows import held_out_pairs
-from trinityx_jax.evaluation.heldout import evaluate
-from trinityx_jax.evaluation.multiple_choice import load_questions
+from trinityx_jax.evaluation.heldout import asked, evaluate
 from trinityx_jax.files import write_json
 from trinityx_jax.runs import load_uncalibrated, open_run
 from trinityx_jax.sections import TEST_KEYS, UNSEEN, EvaluateConfig
@@ -56,12 +55,10 @@ def evaluate_run(
 
 def _warn(config: RunConfig, trained: RunConfig) -> None:
     """Of test questions that were trained on: other ones than training left out, and multiple-choice ones."""
-    names, e = config.experts.names, config.evaluate
-    pairs = [pair for n in names for _, own in held_out_pairs(config, n) for pair in own]
+    pairs = [pair for n in config.experts.names for _, own in held_out_pairs(config, n) for pair in own]
     tests = {"test questions": [pair.chosen.question for pair in pairs]} if config.data != trained.data else {}
-    if e.multiple_choice is not None:
-        questions = load_questions(e.multiple_choice, e.multiple_choice_split, e.multiple_choice_limit)
-        tests[CHOICES] = [question.normalised for question in questions]
+    if config.evaluate.multiple_choice is not None:
+        tests[CHOICES] = [question.normalised for question in asked(config)]
     if tests:
         warn_of_test(trained, tests)
 
