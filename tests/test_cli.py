@@ -227,6 +227,7 @@ def test_a_signal_saves_and_resuming_is_exact(
 ) -> None:
     """SIGTERM in training exits with 75; run again, the result is bit for bit the uninterrupted one's."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of the processes; most of their time is compilation
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     flags = ["--out", str(tmp_path / "run"), "--train.steps", "20", "--checkpoint.every", "1000"]
     whole = ["--out", str(tmp_path / "whole"), "--train.steps", "20"]
     command = [sys.executable, "-m", "trinityx_jax", "train-experts", str(tiny_config)]

@@ -133,7 +133,7 @@ def test_damaged_answers_are_made_again_and_said(
     out, command = compared
     (kept,) = (Path(shutil.copytree(out, tmp_path / "out")) / "base").rglob("comparison-answers.json")
     whole = kept.read_text()
-    for text in (whole[:40], "[]", json.dumps({"made_of": json.loads(whole)["made_of"]})):
+    for text in (whole[:40], json.dumps({"made_of": json.loads(whole)["made_of"]})):
         kept.write_text(text)
         assert cli.main([*command[:-1], str(tmp_path / "out")]) == 0
         assert kept.read_text() == whole
@@ -195,6 +195,7 @@ def test_a_sweep_over_seeds_averages_them(router_config: Path, tiny_run: Path, t
     assert json.loads((tmp_path / "both" / "comparison.json").read_text()) == found
 
 
+@pytest.mark.slow
 def test_a_sweep_of_routers_goes_on_where_it_was_stopped(
     router_config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,6 +409,7 @@ def test_a_variant_of_the_results_has_its_seed_s_own_parts(path: Path) -> None:
         assert config.out == f"out/{path.stem}/seed-{seed}"
 
 
+@pytest.mark.slow
 def test_joint_fine_tuning_is_one_expert_of_every_objective(
     router_config: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,11 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "train", [{}, {"packing": True, "accumulate": 2, "evaluate_every": 2, "patience": 1, "seq_len": 128}]
+    "train",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"packing": True, "accumulate": 2, "evaluate_every": 2, "patience": 1, "seq_len": 128},
+    ],
 )
 def test_experts_trained_together_are_the_experts_trained_alone(
     backbone: Backbone, configure: Any, far: Any, tmp_path: Path, train: dict[str, Any]

@@ -49,10 +49,10 @@ def changed(one: Any, other: Any) -> list[bool]:
 @pytest.mark.parametrize(
     ("file", "trained"),
     [
-        ("ablations/recommended", {"kernel", "bias"}),
+        pytest.param("ablations/recommended", {"kernel", "bias"}, marks=pytest.mark.slow),
         ("ablations/literal", {"kernel", "bias", "norm"}),
-        ("ablations/finetuning-mocae", {"kernel", "bias", "experts"}),
-        ("ablations/no-task-vectors", {"kernel", "bias", "experts"}),
+        pytest.param("ablations/finetuning-mocae", {"kernel", "bias", "experts"}, marks=pytest.mark.slow),
+        pytest.param("ablations/no-task-vectors", {"kernel", "bias", "experts"}, marks=pytest.mark.slow),
         ("baselines/h3fusion", {"kernel", "experts"}),
         ("baselines/mixlora", {"kernel", "experts"}),
         ("baselines/xlora", {"kernel", "bias"}),
