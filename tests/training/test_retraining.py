@@ -98,6 +98,7 @@ def test_a_saved_state_is_its_experts_own(
     assert not list((tmp_path / "run" / "checkpoints").glob("experts*"))  # all are done
 
 
+@pytest.mark.slow
 def test_the_same_experts_twice_anew_are_trained_twice(backbone: Backbone, configure: Any, far: Any) -> None:
     found = []
     for rate in (1e-3, 5e-3, 2e-2):

@@ -50,7 +50,7 @@ def changed(one: Any, other: Any) -> list[bool]:
     ("file", "trained"),
     [
         pytest.param("ablations/recommended", {"kernel", "bias"}, marks=pytest.mark.slow),
-        ("ablations/literal", {"kernel", "bias", "norm"}),
+        pytest.param("ablations/literal", {"kernel", "bias", "norm"}, marks=pytest.mark.slow),
         pytest.param("ablations/finetuning-mocae", {"kernel", "bias", "experts"}, marks=pytest.mark.slow),
         pytest.param("ablations/no-task-vectors", {"kernel", "bias", "experts"}, marks=pytest.mark.slow),
         ("baselines/h3fusion", {"kernel", "experts"}),
