@@ -199,6 +199,7 @@ def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(run: Pa
     assert (results(run)["fit"], tx.load_router(run).temperature.shape) == ("expert", (3,))
 
 
+@pytest.mark.slow
 def test_a_run_whose_weights_are_as_trained_is_calibrated_and_put_back(
     run: Path, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

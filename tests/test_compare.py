@@ -251,6 +251,7 @@ def test_seconds_of_experts_that_were_trained_alone_count(tmp_path: Path, router
     assert compare._training(load_config(router_config, flags)) == {"experts_seconds": 4.0, "experts_steps": 2}
 
 
+@pytest.mark.slow
 def test_what_a_warm_start_rests_on_counts_and_a_router_that_was_calibrated_since_is_said(
     router_config: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -126,6 +126,7 @@ def test_an_expert_is_not_there_while_it_is_trained_anew(
     assert again.train.experts is None  # the whole run's, not that call's
 
 
+@pytest.mark.slow
 def test_what_does_not_change_the_result_may_change_on_the_way(
     backbone: Backbone, configure: Any, far: Any, interrupted: Any
 ) -> None:

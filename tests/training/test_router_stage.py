@@ -34,6 +34,7 @@ def run(tiny_run: Path) -> Any:
     return open_run(tiny_run)
 
 
+@pytest.mark.slow
 def test_gamma_takes_a_reference_and_a_floor(run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
     for name, switches, reference, floor in (
         ("name", {"gamma_reference": "honest"}, run.vectors["honest"], None),

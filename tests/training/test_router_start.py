@@ -114,6 +114,7 @@ def test_the_experts_learning_rate_is_theirs_alone(run: Any, tiny_run: Path, tin
         np.testing.assert_allclose(step.max(), 1e-4, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_experts_from_scratch(run: Any, tiny_config: Path, tmp_path: Path) -> None:
     flags = ["--experts.from", "scratch", "--experts.rank", "3", "--experts.alpha", "6", "--mocae.preset", "mixlora"]
     config = configure(tiny_config, tmp_path / "run", *flags)
