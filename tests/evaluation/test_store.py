@@ -21,9 +21,13 @@ def test_what_is_kept_comes_back_and_is_made_again_where_it_is_damaged(
     assert store.load(path, "b") is None
     assert [entry.name for entry in path.parent.iterdir()] == ["scores.npz"]
     whole = path.read_bytes()
-    for place in range(0, len(whole), 37):
+    directory = whole.rindex(b"PK\x01\x02")  # where a member's flags are: bit 0 says that it has a password
+    for place, bit in [(place, 0x10) for place in range(0, len(whole), 37)] + [
+        (directory + 8, 1),
+        (directory + 8, 0x20),
+    ]:
         flipped = bytearray(whole)
-        flipped[place] ^= 0x10
+        flipped[place] ^= bit
         path.write_bytes(flipped)
         found = store.load(path, "a")  # what the archive has no use for may change
         assert found is None or np.array_equal(found["nll"], values), place

@@ -14,8 +14,8 @@ import numpy as np
 from trinityx_jax.files import write_bytes
 
 log = logging.getLogger(__name__)
-# What numpy raises on an archive that is cut or changed (zipfile: NotImplementedError, of a flag it does not know).
-DAMAGED = (ValueError, LookupError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+# What numpy raises on an archive that is cut or changed (RuntimeError: zipfile, of flags such as that of a password).
+DAMAGED = (ValueError, LookupError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def load(path: Path, key: str) -> dict[str, np.ndarray] | None:
