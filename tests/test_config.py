@@ -69,6 +69,15 @@ def test_shipped_files_are_valid(file: str, stage: str) -> None:
     assert load_config(CONFIGS / f"{file}.yaml", stage=stage).experts.names == names
 
 
+def test_keys_of_multiple_choice_questions_need_some(tmp_path: Path) -> None:
+    path, named = write(tmp_path, minimal()), ["--evaluate.multiple_choice", "mc.json"]
+    for key, value in {"split": "test[:3]", "held_out": "true", "limit": "3", "prompt": "template"}.items():
+        flags = [f"--evaluate.multiple_choice_{key}", value]
+        assert load_config(path, [*named, *flags]).evaluate.multiple_choice == "mc.json"
+        with pytest.raises(UserError, match=f"multiple_choice_{key}: this key has no effect without multiple_choice"):
+            load_config(path, flags)
+
+
 def test_overrides_win(tmp_path: Path) -> None:
     path = write(tmp_path, minimal())
     assert load_config(path, ["--mocae.lambda_kl", "1e-3"]).mocae_config().lambda_kl == 0.001

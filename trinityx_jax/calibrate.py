@@ -15,7 +15,6 @@ from rich.console import Group
 from rich.table import Table
 
 from trinityx_jax.config import RunConfig, load_config
-from trinityx_jax.data.objectives import load_prompts
 from trinityx_jax.data.templates import Encoded, encode_prompts
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import figures, metrics
@@ -32,7 +31,7 @@ from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import UNCALIBRATED
 from trinityx_jax.runs import OpenRun, load_trained_router, need_router, open_run, save_router
 from trinityx_jax.training.calibration import RoutingReader, Target, calibrate, objective_targets
-from trinityx_jax.training.rows import USES, load_parts, load_training_rows
+from trinityx_jax.training.rows import USES, load_parts, load_training_rows, prompts_of
 from trinityx_jax.training.seen import warn_of_test
 
 log = logging.getLogger(__name__)
@@ -167,8 +166,7 @@ def _unseen(config: RunConfig, plain: RunConfig, run: OpenRun, names: Sequence[s
     parts = load_parts(plain).values() if entries else ()
     used = {e.question for part in parts for use in USES for e in getattr(part, use)}
     for index, data in entries:
-        kind, fields = data.schema_of("unseen")
-        found = load_prompts(data.unseen or "", kind, data.unseen_split, data.unseen_limit, data.skip_bad, fields)
+        found = prompts_of(data, "unseen", data.unseen_limit)
         kept = [example for example in found if example.question not in used]
         if len(kept) < len(found):
             log.warning(

@@ -24,7 +24,7 @@ from trinityx_jax.evaluation.answers import first_prompts
 from trinityx_jax.evaluation.comparison import Columns, comparison, markdown
 from trinityx_jax.evaluation.held_rows import HeldOut, load_held_out
 from trinityx_jax.evaluation.heldout import choices, digest_of, truthful
-from trinityx_jax.evaluation.multiple_choice import Question, measures
+from trinityx_jax.evaluation.multiple_choice import CHOICES, Question, measures
 from trinityx_jax.evaluation.systems import System, build, cost
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import read_json, write_json, write_text
@@ -35,7 +35,7 @@ from trinityx_jax.run_folder import RunFolder, run_of
 from trinityx_jax.runs import load_experts, load_router, router_digest, with_paths
 from trinityx_jax.sections import TEST_ROWS, SystemConfig
 from trinityx_jax.training.router_stage import check_router, router_done, stage_experts, train_router
-from trinityx_jax.training.seen import CHOICES, warn_of_test
+from trinityx_jax.training.seen import warn_of_test
 from trinityx_jax.variants import Variant, check_experts, recipe
 
 log = logging.getLogger(__name__)

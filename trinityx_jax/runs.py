@@ -245,12 +245,12 @@ def load_trained_router(path: str | Path, fingerprint: str | None = None) -> Rou
     Raises:
         UserError: as ``load_router``; the run was calibrated by an older version, which kept none.
     """
-    folder = _trained_router(Path(path))
-    router = load_router(
-        folder if folder.name == UNCALIBRATED else path, fingerprint
-    )  # a run's says which run has none
-    if (Path(path) / "run.json").exists() and folder.name != UNCALIBRATED and router.config.calibration != "none":
-        raise UserError(f"{path}: keeps no router as training left it; give {folder}, or train it anew")
+    kept = _trained_router(Path(path))
+    if kept.name == UNCALIBRATED:
+        return load_router(kept, fingerprint)
+    router = load_router(path, fingerprint)
+    if kept != Path(path) and router.config.calibration != "none":
+        raise UserError(f"{path}: keeps no router as training left it; give {kept}, or train it anew")
     return router
 
 

@@ -254,3 +254,11 @@ class EvaluateConfig(Section):
     multiple_choice_held_out: bool = False
     multiple_choice_limit: int | None = Field(default=None, ge=1)
     multiple_choice_prompt: Literal["six-shot", "template"] = "six-shot"
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> EvaluateConfig:
+        fields = type(self).model_fields.items() if self.multiple_choice is None else ()
+        for key, field in fields:
+            if key.startswith("multiple_choice_") and getattr(self, key) != field.default:
+                raise ValueError(f"{key}: this key has no effect without multiple_choice; remove it")
+        return self

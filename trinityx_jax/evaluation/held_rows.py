@@ -11,10 +11,11 @@ from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig
 from trinityx_jax.data import templates
 from trinityx_jax.data.formats import Pair
-from trinityx_jax.data.objectives import load_pairs, load_prompts
+from trinityx_jax.data.objectives import load_pairs
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.sections import DataConfig
+from trinityx_jax.training.rows import prompts_of
 
 ROWS, PROMPTS = "held-out rows", "prompts only"
 EQUAL = "one template, matched lengths"  # neither style of a data set's prompts nor length of its rows tells
@@ -100,12 +101,8 @@ def held_out_pairs(config: RunConfig, name: str, limit: int | None = None) -> li
 
 def held_out_questions(config: RunConfig) -> frozenset[str]:
     """Every objective's test prompts, normalised, whatever their ``test_limit``."""
-    out: set[str] = set()
-    for data in (data for name in config.experts.names for data in config.parts(name).values() if data.test):
-        kind, fields = data.schema_of("test")
-        found = load_prompts(data.test or "", kind, data.test_split, None, data.skip_bad, fields)
-        out |= {example.question for example in found}
-    return frozenset(out)
+    entries = [data for name in config.experts.names for data in config.parts(name).values()]
+    return frozenset(example.question for data in entries for example in prompts_of(data, "test"))
 
 
 def _one_template(config: RunConfig, backbone: Backbone, names: Sequence[str], held: HeldOut) -> list[Encoded]:

@@ -27,6 +27,8 @@ SHOTS = (
 )
 PROMPTS = ("six-shot", "template")
 
+CHOICES = "questions of evaluate.multiple_choice"
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:

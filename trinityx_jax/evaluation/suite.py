@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from trinityx_jax.config import RunConfig, load_config
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.answers import side_by_side
-from trinityx_jax.evaluation.held_rows import held_out_pairs
+from trinityx_jax.evaluation.held_rows import held_out_questions
 from trinityx_jax.evaluation.heldout import asked, evaluate
+from trinityx_jax.evaluation.multiple_choice import CHOICES
 from trinityx_jax.files import write_json
 from trinityx_jax.runs import load_uncalibrated, open_run
 from trinityx_jax.sections import TEST_KEYS, UNSEEN, EvaluateConfig
-from trinityx_jax.training.seen import CHOICES, warn_of_test
+from trinityx_jax.training.seen import warn_of_test
 
 CALIBRATION_KEYS = ("batch_size", "bootstrap")  # of evaluate, which a calibration reads
 
@@ -55,8 +56,9 @@ def evaluate_run(
 
 def _warn(config: RunConfig, trained: RunConfig) -> None:
     """Of test questions that were trained on: other ones than training left out, and multiple-choice ones."""
-    pairs = [pair for n in config.experts.names for _, own in held_out_pairs(config, n) for pair in own]
-    tests = {"test questions": [pair.chosen.question for pair in pairs]} if config.data != trained.data else {}
+    tests: dict[str, Iterable[str]] = {}
+    if config.data != trained.data:
+        tests["test questions"] = held_out_questions(config)
     if config.evaluate.multiple_choice is not None:
         tests[CHOICES] = [question.normalised for question in asked(config)]
     if tests:

@@ -122,7 +122,10 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
         rows = load_training_rows(config, backbone, together=True)
         warn_of_calibration(config)
     elif config.model_fields_set & {"train", "checkpoint"}:
-        log.warning("%s: routing is uniform: nothing is trained, and keys of train and checkpoint do nothing", run.path)
+        log.warning(
+            "%s: routing is uniform: nothing is trained; of train, seq_len alone has an effect, and checkpoint has none",
+            run.path,
+        )
     run.open(backbone, config.model)
     settings = router_settings(config)
     if config.train.anew and run.changed("router", settings) is not None:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -87,6 +87,13 @@ def load_parts(config: RunConfig, experts: Sequence[str] | None = None) -> dict[
     return parts
 
 
+def prompts_of(data: DataConfig, use: Literal["test", "unseen"], limit: int | None = None) -> list[Example]:
+    """The prompts of ``data.NAME.test`` or ``unseen``; none where no such rows are named."""
+    source, split = getattr(data, use), getattr(data, f"{use}_split")
+    kind, fields = data.schema_of(use)
+    return load_prompts(source, kind, split, limit, data.skip_bad, fields) if source else []
+
+
 def encode_parts(config: RunConfig, parts: Mapping[str, Part], tokenizer: Any) -> Rows:
     """Tokenise, each entry of ``data`` in its template: rows by entry."""
     rows = Rows({}, {}, {})
@@ -134,10 +141,7 @@ def _not_held_out(
 def _load_part(name: str, data: DataConfig, seed: int) -> Part:
     assert data.source is not None and data.format is not None  # a mix has parts, not rows
     loaded = read_examples(data.source, data.format, data.split, data.limit, data.skip_bad, data.fields)
-    tests: list[Example] = []
-    if data.test is not None:
-        kind, fields = data.schema_of("test")
-        tests = load_prompts(data.test, kind, data.test_split, None, data.skip_bad, fields)
+    tests = prompts_of(data, "test")
     kept = _apart(name, data, loaded.items, tests)
     train, calibration, validation = split_by_question(kept, [data.calibration, data.validation], seed)
     if not train:

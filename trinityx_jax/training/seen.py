@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from trinityx_jax.config import SCRATCH, RunConfig, load_config
@@ -12,7 +13,6 @@ from trinityx_jax.run_folder import run_of
 from trinityx_jax.training.rows import USES, load_parts
 
 log = logging.getLogger(__name__)
-CHOICES = "questions of evaluate.multiple_choice"
 
 
 def warn_of_calibration(config: RunConfig) -> None:
@@ -20,8 +20,7 @@ def warn_of_calibration(config: RunConfig) -> None:
 
     Questions are held out by seed and share, so an expert whose run had others learned from some of them.
     """
-    for name, file in _of_experts(config).items():
-        theirs = load_config(file)
+    for name, (file, theirs) in _of_experts(config).items():
         for part, own in config.parts(name).items():
             rows = (own.source, own.format, own.split)
             for other in theirs.parts(name).values():
@@ -40,30 +39,36 @@ def warn_of_test(config: RunConfig, tests: Mapping[str, Iterable[str]]) -> None:
     Args:
         tests: normalised questions (``Example.question``), by what they are.
     """
-    runs = [config, *map(load_config, sorted(set(_of_experts(config).values())))]
     seen: set[str] = set()
-    for run in runs:
-        logging.disable(logging.WARNING)  # what there is to say of these rows was said when they were trained on
+    for run in (config, *dict(_of_experts(config).values()).values()):
         try:
-            parts = load_parts(run).values()
+            with _quiet():  # what there is to say of these rows was said when they were trained on
+                parts = load_parts(run).values()
         except UserError as error:
-            logging.disable(logging.NOTSET)
             log.warning("whether test questions were trained on is not known: %s", error)
-            continue
-        finally:
-            logging.disable(logging.NOTSET)
-        seen |= {e.question for part in parts for use in USES for e in getattr(part, use)}
+        else:
+            seen |= {e.question for part in parts for use in USES for e in getattr(part, use)}
     for what, questions in tests.items():
         asked = set(questions)
         if asked & seen:
             log.warning("%s of %s %s also stand in training rows", f"{len(asked & seen):,}", f"{len(asked):,}", what)
 
 
-def _of_experts(config: RunConfig) -> dict[str, Path]:
-    """By expert, the configuration of the run that trained it; those from elsewhere have none."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _of_experts(config: RunConfig) -> dict[str, tuple[Path, RunConfig]]:
+    """By expert, the configuration of the run that trained it, and its file; those from elsewhere have none."""
     source = config.experts.source or config.out
     if source == SCRATCH:
         return {}
     paths = source if isinstance(source, dict) else dict.fromkeys(config.experts.names, source)
     files = {name: run_of(path) / "config-experts.yaml" for name, path in paths.items()}
-    return {n: file for n, file in files.items() if file.exists() and n in load_config(file).experts.names}
+    found = {file: load_config(file) for file in set(files.values()) if file.exists()}
+    return {n: (file, found[file]) for n, file in files.items() if file in found and n in found[file].experts.names}
