@@ -123,7 +123,7 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
         warn_of_calibration(config)
     elif config.model_fields_set & {"train", "checkpoint"}:
         log.warning(
-            "%s: routing is uniform: nothing is trained; of train, seq_len alone has an effect, and checkpoint has none",
+            "%s: routing is uniform: nothing is trained; only seq_len of train, and nothing of checkpoint, matters",
             run.path,
         )
     run.open(backbone, config.model)
