@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
@@ -239,6 +240,7 @@ def before_of(tree: Any) -> list[Any]:
         (["--evaluate", "{prompts: 2}"], "--evaluate: name one of its keys"),
         (["--data.honest.unseen_limit", "2"], "unseen_limit: this key has no effect without unseen"),
         (["--data.honest.unseen", "nowhere.csv"], "nowhere.csv: no such file"),
+        (["--data.other.unseen", "nowhere.csv"], "config-router.yaml has no data.other (helpful, harmless, honest it"),
         (["--fit"], "--fit"),
     ],
 )
@@ -272,6 +274,32 @@ def test_templates_that_differ_are_made_one(run: Path) -> None:
         np.testing.assert_array_equal(found.ids, expected.ids)
     assert equal.views[EQUAL] == alike.views[EQUAL]
     assert set(alike.views) == {ROWS, PROMPTS, EQUAL}
+
+
+@pytest.mark.parametrize("command", ["calibrate", "evaluate", "generate", "export"])
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("kernel", np.nan, "kernel holds a value that is not finite (NaN or infinity)"),
+        ("temperature", 0.0, "a temperature is not positive"),
+        ("gamma", None, "gamma is [2], the router has 3 experts"),
+    ],
+)
+def test_a_router_that_is_none_is_refused(
+    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path, command: str, name: str, value: Any, says: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    for folder in ("router", "router-uncalibrated"):
+        path = broken / folder / "router.safetensors"
+        arrays = load_file(path)
+        arrays[name] = arrays[name][:2].copy() if value is None else np.full_like(arrays[name], value)
+        save_file(arrays, path)
+    words = {"generate": ["--prompt", "Hello"], "export": [str(tmp_path / "out"), "--format", "mocae"]}
+    before = files(broken)
+    assert cli.main([command, str(broken), *words.get(command, [])]) == 2
+    assert f"router.safetensors: {says}" in capsys.readouterr().err
+    assert files(broken) == before
 
 
 def test_a_run_without_a_router_is_refused(capsys: pytest.CaptureFixture[str], run: Path) -> None:

@@ -170,7 +170,7 @@ def test_bad_overrides(tmp_path: Path, overrides: list[str], says: str) -> None:
         ("[1, 2]", "expected keys and values"),
         ("a: [", "not YAML"),
         ("{}", "model: this key is needed"),
-        ("", "found NoneType"),
+        ("", "expected keys and values, found nothing"),
         ("model: m\nmodel: n", r"not YAML \(the key 'model' stands twice .* line 2"),
         ("model: m\ntrain: {steps: 1, steps: 2}", "the key 'steps' stands twice"),
         ("model: m\nout: 2025-13-01", r"not YAML \(month must be"),

@@ -14,22 +14,22 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from trinityx_jax.config import RunConfig, load_config
+from trinityx_jax.config import RunConfig
 from trinityx_jax.data.templates import Encoded, encode_prompts
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import figures, metrics
 from trinityx_jax.evaluation.expert_losses import ExpertLosses, expert_losses
 from trinityx_jax.evaluation.held_rows import EQUAL, ROWS, HeldOut, Rows, load_held_out, matched_length
 from trinityx_jax.evaluation.scoring import Scorer
-from trinityx_jax.evaluation.suite import check_overrides
+from trinityx_jax.evaluation.suite import check_overrides, configured
 from trinityx_jax.experts import stack
 from trinityx_jax.files import write_json, write_text
 from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled_rows, probabilities, row_means
 from trinityx_jax.mocae.config import CHOICES
 from trinityx_jax.progress import progress
-from trinityx_jax.run_folder import UNCALIBRATED
-from trinityx_jax.runs import OpenRun, load_trained_router, need_router, open_run, save_router
+from trinityx_jax.run_folder import UNCALIBRATED, RunFolder
+from trinityx_jax.runs import OpenRun, load_trained_router, open_run, save_router
 from trinityx_jax.training.calibration import RoutingReader, Target, calibrate, objective_targets
 from trinityx_jax.training.rows import USES, load_parts, load_training_rows, prompts_of
 from trinityx_jax.training.seen import warn_of_test
@@ -69,13 +69,12 @@ def calibrate_run(
         UserError: the run has no router or names no test rows; a switch has no such value.
     """
     _check_options(kind, to, overrides)
-    run = open_run(path)
-    start = _as_trained(run)
+    start = _as_trained(RunFolder(path))
     names = start.names
     if kind is None:
         kind = "temperature" if start.config.calibration == "none" else start.config.calibration
-    file = run.folder.path / "config-router.yaml"
-    plain, config = load_config(file), load_config(file, overrides)  # other test rows change no training row
+    plain, config = configured(Path(path) / "config-router.yaml", overrides)  # other test rows change no training row
+    run = open_run(path)
     held = load_held_out(config, names, run.backbone)
     if config.data != plain.data:
         warn_of_test(plain, {"test questions": [pair.chosen.question for pair in held.pairs]})
@@ -136,13 +135,11 @@ def _answers(config: RunConfig, run: OpenRun, routers: dict[str, Router], held: 
     return out
 
 
-def _as_trained(run: OpenRun) -> Router:
+def _as_trained(run: RunFolder) -> Router:
     """The router before any calibration; raises UserError where there is none to calibrate."""
-    need_router(run)
-    path = run.folder.path
-    start = load_trained_router(path, run.backbone.fingerprint)
+    start = load_trained_router(run.path, run.info()["base"]["fingerprint"])
     if start.config.routing == "uniform":
-        raise UserError(f"{path}: its routing is uniform; there is nothing to calibrate")
+        raise UserError(f"{run.path}: its routing is uniform; there is nothing to calibrate")
     return start
 
 

@@ -196,7 +196,8 @@ def _read(path: Path) -> dict[str, Any]:
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise UserError(f"{path}: not YAML ({reason})") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
+        found = "nothing" if values is None else type(values).__name__
+        raise UserError(f"{path}: expected keys and values, found {found}")
     return values
 
 

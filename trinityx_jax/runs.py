@@ -210,8 +210,8 @@ def load_router(path: str | Path, fingerprint: str | None = None) -> Router:
     """The router of a run, or of a ``router`` folder.
 
     Raises:
-        UserError: there is none, or it was trained over experts that are trained anew; it is damaged, or was
-            trained on another base.
+        UserError: there is none, or it was trained over experts that are trained anew; it is damaged, holds a value
+            that is not finite, or was trained on another base.
     """
     path = Path(path)
     if (path / "run.json").exists():
@@ -220,19 +220,24 @@ def load_router(path: str | Path, fingerprint: str | None = None) -> Router:
         path = path / "router"
     if not (path / "router.json").exists():
         raise UserError(f"{path}: holds no router (no router.json)")
-    info = _description(path / "router.json")
-    check_base("router", info.get("base"), fingerprint)
-    arrays: dict[str, Any] = dict(_read_arrays(path / "router.safetensors"))
+    info, file = _description(path / "router.json"), path / "router.safetensors"
+    check_base(f"{path}: the router", info.get("base"), fingerprint)
+    arrays: dict[str, Any] = dict(_read_arrays(file))
     parts: dict[str, Any] = {
         part: {k.removeprefix(f"{part}."): arrays.pop(k) for k in list(arrays) if k.startswith(f"{part}.")}
         for part in ("norm", "pool")
     }
     if set(arrays) != {"kernel", "bias", "gamma", "temperature"}:
-        raise UserError(f"{path / 'router.safetensors'}: holds {', '.join(sorted(arrays))}")
+        raise UserError(f"{file}: holds {', '.join(sorted(arrays))}")
     try:
         mocae, names = MoCaEConfig(**info["mocae"]), tuple(info["names"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / 'router.json'}: not a router's description ({error})") from error
+    if not bool(jnp.all(arrays["temperature"] > 0)):
+        raise UserError(f"{file}: a temperature is not positive")
+    for name in ("kernel", "bias", "gamma"):
+        if arrays[name].shape[-1:] != (len(names),):
+            raise UserError(f"{file}: {name} is {list(arrays[name].shape)}, the router has {len(names)} experts")
     if set(parts["pool"]) - {"row_sharpness", "prompt_sharpness"}:
         log.warning("%s: its reading of rows is an older version's; calibrate it again", path)
         parts["pool"] = {}
@@ -245,10 +250,9 @@ def load_trained_router(path: str | Path, fingerprint: str | None = None) -> Rou
     Raises:
         UserError: as ``load_router``; the run was calibrated by an older version, which kept none.
     """
-    kept = _trained_router(Path(path))
+    kept, router = _trained_router(Path(path)), load_router(path, fingerprint)
     if kept.name == UNCALIBRATED:
         return load_router(kept, fingerprint)
-    router = load_router(path, fingerprint)
     if kept != Path(path) and router.config.calibration != "none":
         raise UserError(f"{path}: keeps no router as training left it; give {kept}, or train it anew")
     return router
@@ -285,30 +289,20 @@ class OpenRun:
     router: Router | None
 
 
-def open_run(path: str | Path) -> OpenRun:
+def open_run(path: str | Path, routed: bool = False) -> OpenRun:
     """Load everything a run holds, from the base model it names.
 
     Raises:
-        UserError: it is not a run folder, or its base is gone or another one.
+        UserError: it is not a run folder, or its base is gone or another one; stage 2 has not finished and ``routed``
+            asks for it.
     """
     folder = RunFolder(path)
     base = folder.info()["base"]
-    router = load_router(path, base["fingerprint"]) if folder.done("router") else None
+    router = load_router(path, base["fingerprint"]) if routed or folder.done("router") else None
     backbone = load_backbone(base["model"], base["dtype"])
     vectors = load_experts(path, base["fingerprint"], backbone.config)
     check_base(f"{path}: the run", base["fingerprint"], backbone.fingerprint)
     return OpenRun(folder, base["model"], backbone, vectors, router)
-
-
-def need_router(run: OpenRun) -> Router:
-    """The run's router.
-
-    Raises:
-        UserError: stage 2 has not finished.
-    """
-    if run.router is None:
-        raise UserError(f"{run.folder.path}: has no router yet (trinityx train-router)")
-    return run.router
 
 
 def check_base(what: str, found: str | None, wanted: str | None) -> None:
@@ -328,4 +322,6 @@ def _read_arrays(file: Path) -> dict[str, jax.Array]:
     for name, value in arrays.items():
         if jnp.asarray(value[:0] if value.ndim else value).dtype != value.dtype:
             raise UserError(f"{file}: {name} is {value.dtype}{list(value.shape)}")
+        if not np.isfinite(value).all():
+            raise UserError(f"{file}: {name} holds a value that is not finite (NaN or infinity)")
     return {name: jnp.asarray(value) for name, value in arrays.items()}

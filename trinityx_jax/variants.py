@@ -55,7 +55,7 @@ def file_variants(
     for flag in overrides[::2]:
         own = [label for label, flags in above.items() if flag in flags]
         if all(v.label in own or idle(v.configs[0], flag) for v in found):
-            raise UserError(f"{flag}: has no effect, every variant has its own value, or no use for one; remove it")
+            raise UserError(f"{flag}: no variant reads it: each file has its own value, or its system none; remove it")
         if own:
             log.warning("%s: does not reach %s, whose file stands above it", flag, ", ".join(own))
     return found

@@ -15,7 +15,7 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import continuations
 from trinityx_jax.evaluation.multiple_choice import encode_choices, load_questions, measures
 from trinityx_jax.evaluation.scoring import Scorer
-from trinityx_jax.runs import need_router, open_run
+from trinityx_jax.runs import open_run
 
 ROWS = [
     {
@@ -89,7 +89,7 @@ def test_what_rows_share_is_run_once_with_the_same_result(
     for prompt in ("six-shot", "template"):
         rows = encode_choices(questions, run.backbone.tokenizer, prompt)
         rows = [Encoded(row.ids[-200:], row.prompt_length - max(len(row.ids) - 200, 0)) for row in rows]
-        for how in ({"weights": np.array([0.2, 0.0, 1.5])}, {"router": need_router(run)}):
+        for how in ({"weights": np.array([0.2, 0.0, 1.5])}, {"router": run.router}):
             expected = scorer.score(rows, **how).nll
             np.testing.assert_allclose(scorer.score_continuations(rows, **how), expected, rtol=1e-5)
     same = [Encoded(np.arange(6) + i * np.eye(6, dtype=int)[5], 5) for i in (0, 1)]  # all but the end is shared

@@ -13,6 +13,7 @@ from trinityx_jax.evaluation.held_rows import held_out_questions
 from trinityx_jax.evaluation.heldout import asked, evaluate
 from trinityx_jax.evaluation.multiple_choice import CHOICES
 from trinityx_jax.files import write_json
+from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import load_uncalibrated, open_run
 from trinityx_jax.sections import TEST_KEYS, UNSEEN, EvaluateConfig
 from trinityx_jax.training.seen import warn_of_test
@@ -35,18 +36,20 @@ def evaluate_run(
         UserError: the run is not whole, or names no test rows; an override is not of evaluation.
     """
     check_overrides(overrides, out)
-    opened = open_run(run)
-    folder = opened.folder
-    for key in ("prompts", "max_new_tokens") if opened.router is None else ():
+    folder = RunFolder(run)
+    routed = folder.done("router") is not None
+    for key in ("prompts", "max_new_tokens") if not routed else ():
         if f"--evaluate.{key}" in overrides:
             raise UserError(f"--evaluate.{key}: has no effect on a run without a router, which answers no prompts")
-    stages = ("router", "experts") if opened.router is not None else ("experts",)
+    stages = ("router", "experts") if routed else ("experts",)
     found = [path for stage in stages if (path := folder.path / f"config-{stage}.yaml").exists()]
     if not found:
         raise UserError(f"{folder.path}: holds no configuration (config-experts.yaml)")
+    trained, config = configured(found[0], overrides)
+    opened = open_run(run)
     before = load_uncalibrated(folder, opened.router)
-    target, config = Path(out) if out else folder.path / "evaluation", load_config(found[0], overrides)
-    _warn(config, load_config(found[0]))
+    target = Path(out) if out else folder.path / "evaluation"
+    _warn(config, trained)
     results = evaluate(config, opened.backbone, opened.vectors, opened.router, target, before)
     if opened.router is not None:
         answers = side_by_side(config, opened.backbone, opened.vectors, opened.router)
@@ -63,6 +66,20 @@ def _warn(config: RunConfig, trained: RunConfig) -> None:
         tests[CHOICES] = [question.normalised for question in asked(config)]
     if tests:
         warn_of_test(trained, tests)
+
+
+def configured(file: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunConfig]:
+    """A run's configuration, and the same with an evaluation's overrides.
+
+    Raises:
+        UserError: it is wrong, or has no such entry of ``data``.
+    """
+    plain = load_config(file)
+    for flag in overrides[::2]:
+        section, name, *_ = [*flag.removeprefix("--").split("."), ""]
+        if section == "data" and name not in plain.data:
+            raise UserError(f"{flag}: {file} has no data.{name} ({', '.join(plain.data)} it has)")
+    return plain, load_config(file, overrides)
 
 
 def check_overrides(overrides: Sequence[str], out: str | Path | None, calibration: bool = False) -> None:

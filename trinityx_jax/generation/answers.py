@@ -17,7 +17,7 @@ from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.generation.decode import BATCH, generate_ids, prompt_ids, stored_dtype
 from trinityx_jax.generation.sampling import Sampling
 from trinityx_jax.mocae import Router, hidden_states, token_routing
-from trinityx_jax.runs import need_router, open_run
+from trinityx_jax.runs import open_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,8 @@ def answer_prompts(
     Raises:
         UserError: the run has no router or expert of that name, or a prompt is empty.
     """
-    opened = open_run(run)
-    router = need_router(opened) if weights is None else None
+    opened = open_run(run, routed=weights is None)
+    router = opened.router if weights is None else None
     prompt = prompt_ids(opened.backbone, prompts, template)
     found = generate_ids(
         opened.backbone, prompt, experts=opened.vectors, router=router, weights=weights,
