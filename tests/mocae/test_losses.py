@@ -45,6 +45,7 @@ REFERENCE = {
     ),
     "kl layer": (TOKENS[:, 1:] * np.log(TOKENS[:, 1:] / TOKENS[:, :-1])).sum(axis=-1).mean(),
     "gate": -np.log([ROWS[0, 0], ROWS[1, 2], ROWS[2, 1]]).mean(),
+    "gate token": -np.log(np.concatenate([PI[b][MASK[b]][..., own] for b, own in enumerate(OBJECTIVE)])).mean(),
 }
 FUNCTIONS: dict[str, Callable[[Any, Any], jax.Array]] = {
     "mean": losses.mean_routing,
@@ -54,7 +55,8 @@ FUNCTIONS: dict[str, Callable[[Any, Any], jax.Array]] = {
     "kl": lambda pi, mask: losses.kl_loss(pi, mask, jnp.asarray(PREVIOUS, jnp.float32), "step"),
     "kl token": lambda pi, mask: losses.kl_loss(pi, mask, jnp.asarray(PREVIOUS), "token"),
     "kl layer": lambda pi, mask: losses.kl_loss(pi, mask, jnp.asarray(PREVIOUS), "layer"),
-    "gate": lambda pi, mask: losses.gate_loss(pi, mask, jnp.asarray(OBJECTIVE)),
+    "gate": lambda pi, mask: losses.gate_loss(pi, mask, jnp.asarray(OBJECTIVE), "row"),
+    "gate token": lambda pi, mask: losses.gate_loss(pi, mask, jnp.asarray(OBJECTIVE), "token"),
 }
 
 
@@ -90,7 +92,8 @@ def test_uniform_routing_has_the_known_values() -> None:
     uniform = jnp.full((L, E), 1 / E)
     np.testing.assert_allclose(losses.entropy_loss(pi, mask, "batch_diversity"), -np.log(E), rtol=1e-6)
     np.testing.assert_allclose(losses.entropy_loss(pi, mask, "token_literal"), np.log(E), rtol=1e-6)
-    np.testing.assert_allclose(losses.gate_loss(pi, mask, jnp.asarray(OBJECTIVE)), np.log(E), rtol=1e-6)
+    for kind in ("row", "token"):
+        np.testing.assert_allclose(losses.gate_loss(pi, mask, jnp.asarray(OBJECTIVE), kind), np.log(E), rtol=1e-6)
     np.testing.assert_allclose(losses.kl_loss(pi, mask, uniform, "step"), 0, atol=1e-7)
 
 
@@ -126,6 +129,20 @@ def test_minimising_token_literal_sharpens_and_batch_diversity_balances() -> Non
     assert imbalance(moved("batch_diversity")) < imbalance(pi) - 1e-3
 
 
+def test_what_all_rows_begin_with_is_drawn_to_the_shortest_by_their_mean_alone() -> None:
+    objective, lengths = jnp.arange(E), np.array([3, 5, 9])
+    mask = jnp.asarray(np.arange(9) < lengths[:, None])
+    known = 50.0 * jnp.broadcast_to(jnp.eye(E)[:, None, None], (E, 7, L, E))  # behind two tokens that all rows share
+
+    def loss(shared: jax.Array, kind: str) -> jax.Array:
+        begun = jnp.broadcast_to(shared, (E, 2, L, E))
+        return losses.gate_loss(jax.nn.softmax(jnp.concatenate([begun, known], axis=1)), mask, objective, kind)
+
+    slope = {kind: jax.grad(loss)(jnp.zeros(E), kind) for kind in ("row", "token")}
+    assert slope["row"][0] < -0.05 < 0.01 < min(slope["row"][1:])
+    np.testing.assert_allclose(slope["token"], 0, atol=1e-7)
+
+
 def test_the_kl_leaves_the_previous_step_alone() -> None:
     mean, previous = jnp.asarray(MEAN, jnp.float32), jnp.asarray(PREVIOUS, jnp.float32)
     pi, mask = jnp.asarray(PI, jnp.float32), jnp.asarray(MASK)
@@ -140,7 +157,7 @@ def test_the_kl_leaves_the_previous_step_alone() -> None:
 
 def test_an_expert_that_top_k_closed_keeps_every_loss_finite() -> None:
     pi = jnp.asarray(np.where(np.arange(E) == 0, 0.0, 0.5) * np.ones((B, S, L, 1)), jnp.float32)
-    for name in ("batch_diversity", "token_literal", "kl", "kl token", "kl layer", "gate"):
+    for name in ("batch_diversity", "token_literal", "kl", "kl token", "kl layer", "gate", "gate token"):
         value, slope = jax.value_and_grad(FUNCTIONS[name])(pi, jnp.asarray(MASK))
         assert np.isfinite(value)
         assert np.all(np.isfinite(slope))

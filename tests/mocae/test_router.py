@@ -90,7 +90,7 @@ def test_presets_are_the_ones_of_the_method() -> None:
     recommended = {
         "temperature": 0.7, "top_k": None, "router_scope": "layer", "weight": "convex", "mixing": "outputs",
         "output": "prenorm", "dropout": 0.0, "gamma_similarity": "cosine", "entropy": "batch_diversity",
-        "kl": "step", "lambda_entropy": 0.1, "lambda_kl": 0.01, "lambda_gate": 0.1, "train_gamma": False,
+        "kl": "step", "gate": "row", "lambda_entropy": 0.1, "lambda_kl": 0.01, "lambda_gate": 0.1, "train_gamma": False,
         "train_norm": False, "attention_deltas": None, "gamma_reference": None, "gamma_floor": None,
         "gamma_dynamic": False, "routing": "learned", "router_bias": True, "lambda_balance": 0.0, "lambda_norm": 0.0,
         "train_experts": False, "calibration": "none",
@@ -159,7 +159,13 @@ def test_a_wrong_value_is_refused_by_name(changes: dict[str, Any], key: str) -> 
 def test_other_refusals() -> None:
     with pytest.raises(UserError, match=r"mocae\.preset"):
         preset("best")
-    for key, value in {"temperature": 0.7, "router_scope": "layer", "router_bias": True, "kl": "ema"}.items():
+    for key, value in {
+        "temperature": 0.7,
+        "router_scope": "layer",
+        "router_bias": True,
+        "kl": "ema",
+        "gate": "token",
+    }.items():
         with pytest.raises(UserError, match=rf"mocae\.{key}: has no effect where routing is uniform"):
             preset("uniform", **{key: value})
     with pytest.raises(UserError, match=r"mocae\.top_k: 4 of 3"):

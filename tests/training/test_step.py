@@ -454,7 +454,7 @@ def test_stage_2_trains_the_router_and_nothing_else(changes: dict[str, Any], lea
     [
         {"lambda_gate": 1.0},
         {"entropy": "token_literal", "kl": "token", "lambda_kl": 1.0, "top_k": 2, "lambda_balance": 1.0},
-        {"kl": "layer", "lambda_kl": 1.0, "mixing": "weights"},
+        {"kl": "layer", "lambda_kl": 1.0, "mixing": "weights", "gate": "token", "lambda_gate": 1.0, "top_k": 2},
         {"name": "literal", "router_scope": "shared"},
     ],
 )

@@ -18,6 +18,7 @@ CHOICES = {
     "gamma_similarity": ("cosine", "inner", "uniform"),
     "entropy": ("batch_diversity", "token_literal"),
     "kl": ("step", "ema", "token", "layer"),
+    "gate": ("row", "token"),
     "attention_deltas": (None, "drop", "merge", "route"),
     "calibration": ("none", "temperature", "expert", "layer"),
 }
@@ -51,6 +52,7 @@ class MoCaEConfig:
     gamma_dynamic: bool = False  # moves towards experts that gain most on held-out rows
     entropy: str = "batch_diversity"
     kl: str = "step"
+    gate: str = "row"
     lambda_entropy: float = 0.1
     lambda_kl: float = 0.01
     lambda_gate: float = 0.1
@@ -156,7 +158,7 @@ def preset(name: str, **changes: Any) -> MoCaEConfig:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise UserError(f"mocae.{key}: unknown key (nearest: {nearest})")
     found = dataclasses.replace(PRESETS[name], **changes)
-    for key in ("temperature", "router_scope", "router_bias", "entropy", "kl", "dropout"):
+    for key in ("temperature", "router_scope", "router_bias", "entropy", "kl", "gate", "dropout"):
         if found.routing == "uniform" and key in changes:
             raise UserError(f"mocae.{key}: has no effect where routing is uniform; remove it")
     return found

@@ -27,12 +27,15 @@ def mean_routing(pi: jax.Array, mask: jax.Array) -> jax.Array:
 
 def row_routing(pi: jax.Array, mask: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """pi of each of R rows, averaged over its real tokens and all layers [R,E]; whether it holds a token at all [R]."""
-    if mask.dtype == bool:
-        mask = jnp.where(mask, 1 + jnp.arange(len(mask))[:, None], 0)
-    own = jax.nn.one_hot(mask - 1, rows)  # [B,S,R]; nothing at padding
+    own = jax.nn.one_hot(_numbered(mask) - 1, rows)  # [B,S,R]; nothing at padding
     count = jnp.sum(own, axis=(0, 1))
     total = jnp.einsum("bse,bsr->re", jnp.mean(pi, axis=2), own, precision="highest")
     return total / jnp.maximum(count, 1.0)[:, None], count > 0
+
+
+def _numbered(mask: jax.Array) -> jax.Array:
+    """The number of each token's row, 0 at padding, of a mask that may be boolean."""
+    return jnp.where(mask, 1 + jnp.arange(len(mask))[:, None], 0) if mask.dtype == bool else mask
 
 
 def entropy_loss(pi: jax.Array, mask: jax.Array, kind: str) -> jax.Array:
@@ -75,11 +78,25 @@ def next_previous(mean: jax.Array, previous: jax.Array, kind: str) -> jax.Array:
     return 0.9 * previous + 0.1 * mean if kind == "ema" else mean
 
 
-def gate_loss(pi: jax.Array, mask: jax.Array, objective: jax.Array) -> jax.Array:
-    """-log of the row's own objective under its mean routing; objective [R], rows without tokens skip."""
-    mean, some = row_routing(pi, mask, len(objective))
-    own, real = jnp.take_along_axis(mean, objective[:, None], axis=1)[:, 0], some.astype(jnp.float32)
-    return -jnp.sum(jnp.log(own + TINY) * real) / jnp.maximum(jnp.sum(real), 1.0)
+def gate_loss(pi: jax.Array, mask: jax.Array, objective: jax.Array, kind: str) -> jax.Array:
+    """-log of the row's own objective; objective [R], rows without tokens skip.
+
+    ``row``: under its mean routing. ``token``: under that of each token in each layer, averaged over all of them, which
+    is least where a weight is the probability of the objective given the tokens so far. Under a row's mean, tokens that
+    are the same in every row gain by going to the objective of the shortest ones.
+    """
+    if kind == "token":
+        numbers = _numbered(mask)
+        label = objective[jnp.maximum(numbers - 1, 0)][..., None, None]  # [B,S,1,1]
+        own = jnp.mean(jnp.log(jnp.take_along_axis(pi, label, axis=-1)[..., 0] + TINY), axis=-1)  # [B,S]
+        real = (numbers > 0).astype(jnp.float32)
+    else:
+        mean, some = row_routing(pi, mask, len(objective))
+        own, real = (
+            jnp.log(jnp.take_along_axis(mean, objective[:, None], axis=1)[:, 0] + TINY),
+            some.astype(jnp.float32),
+        )
+    return -jnp.sum(own * real) / jnp.maximum(jnp.sum(real), 1.0)
 
 
 def gate_hits(pi: jax.Array, mask: jax.Array, objective: jax.Array) -> tuple[jax.Array, jax.Array]:

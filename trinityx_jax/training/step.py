@@ -17,6 +17,7 @@ from trinityx_jax.mocae.attention import grouped_attention, split_sites
 from trinityx_jax.mocae.config import LAMBDAS
 from trinityx_jax.mocae.mixture import grouped_feed_forward
 from trinityx_jax.mocae.model import Prepared
+from trinityx_jax.mocae.router import probabilities
 from trinityx_jax.mocae.statistics import routing_statistics
 from trinityx_jax.sections import TrainConfig
 from trinityx_jax.training.loss import sum_by_group, supervised_nll
@@ -218,11 +219,13 @@ def router_loss(
     nll = supervised_nll(base, config, hidden, batch)
     task = jnp.sum(nll) / jnp.maximum(jnp.sum(batch["valid"]), 1)
     pi, mask = token_routing(aux), batch["mask"]
+    selecting = mocae.gate == "token" and mocae.top_k is not None  # what was left out has no gradient
+    forecast = probabilities(token_routing(aux, "z"), router.temperature, None) if selecting else pi
     parts = {
         "loss_task": task,
         "loss_entropy": losses.entropy_loss(pi, mask, mocae.entropy),
         "loss_kl": losses.kl_loss(pi, mask, previous, mocae.kl),
-        "loss_gate": losses.gate_loss(pi, mask, batch["objective"]),
+        "loss_gate": losses.gate_loss(forecast, mask, batch["objective"], mocae.gate),
     }
     if mocae.lambda_balance:
         z = token_routing(aux, "z")
