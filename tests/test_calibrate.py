@@ -17,7 +17,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 import trinityx_jax as tx
 from trinityx_jax import cli
-from trinityx_jax.calibrate import MEAN, POOLED, TOKENS, UNSEEN
+from trinityx_jax.calibrate import POOLED, TOKENS, UNSEEN, WEIGHTS
 from trinityx_jax.config import load_config
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.evaluation.held_rows import EQUAL, PROMPTS, ROWS, load_held_out
@@ -160,12 +160,12 @@ def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
                 ends = [min(ends)] * len(ends)
                 assert found["matched_length"] == ends[0]
             cut = [x[:end] for x, end in zip(pi, ends, strict=True)]
-            means = np.stack([x.mean(axis=(0, 1)) for x in cut])
+            means = np.stack([x.mean(axis=(0, 1)) if pool == "row" else x[-1].mean(axis=0) for x in cut])
             for label, index in {"objective": LABELS, "best expert": best}.items():
                 if label not in routing[what]:
                     continue
                 readings = routing[what][label]
-                same_metrics(readings[MEAN][state], means, index)
+                same_metrics(readings[WEIGHTS[pool]][state], means, index)
                 nll = np.mean([-np.log(x[..., i]).mean() for x, i in zip(cut, index, strict=True)])
                 assert readings[TOKENS][state]["nll"]["value"] == pytest.approx(nll, abs=1e-5)
                 assert (POOLED in readings) and set(readings[POOLED]) == {"after"}

@@ -92,12 +92,14 @@ def test_numbers_are_those_of_the_run_s_own_evaluation(
         # a difference of two numbers near 7.6 in float32
         np.testing.assert_allclose(found["difference"]["mocae-gl-rl"]["base"][name]["value"],
                                    own["difference"]["MoCaE"][name]["value"], atol=1e-5)  # fmt: skip
-    routing, theirs = found["systems"]["mocae-gl-rl"]["routing"]["row mean"], own["routing"]["held-out rows"]
-    calibrated = found["systems"]["mocae-gl-rl"]["routing"]["row"]
-    for metric in ("accuracy", "ece15", "brier"):
-        np.testing.assert_allclose(routing[metric]["value"], theirs[metric]["value"], rtol=1e-4)
-        expected = own["routing"]["held-out rows, calibrated"][metric]["value"]
-        np.testing.assert_allclose(calibrated[metric]["value"], expected, rtol=1e-4)
+    readings = {"row mean": "held-out rows", "prompt's last token": "prompts only"}
+    readings |= {"row": "held-out rows, calibrated", "prompt": "prompts only, calibrated"}
+    routing = found["systems"]["mocae-gl-rl"]["routing"]
+    assert routing.keys() == readings.keys()
+    for reading, view in readings.items():
+        for metric in ("accuracy", "ece15", "brier"):
+            expected = own["routing"][view][metric]["value"]
+            np.testing.assert_allclose(routing[reading][metric]["value"], expected, rtol=1e-4)
     uniform = found["systems"]["uniform"]
     np.testing.assert_allclose(uniform["routing"]["row mean"]["brier"]["value"], 2 / 3, rtol=1e-6)
     assert uniform["cost"]["forward"] > 0

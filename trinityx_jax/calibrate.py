@@ -25,7 +25,7 @@ from trinityx_jax.evaluation.suite import check_overrides, configured
 from trinityx_jax.experts import stack
 from trinityx_jax.files import write_json, write_text
 from trinityx_jax.mocae import Router
-from trinityx_jax.mocae.calibration import pooled_rows, probabilities, row_means
+from trinityx_jax.mocae.calibration import pooled_rows, probabilities, row_weights
 from trinityx_jax.mocae.config import CHOICES
 from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import UNCALIBRATED, RunFolder
@@ -44,7 +44,8 @@ SHOWN = {
     "brier": "Brier",
     "nll": "NLL",
 }
-TOKENS, MEAN, POOLED = "token", "row mean", "row"  # readings of a row's routing
+TOKENS, POOLED = "token", "row"  # readings of a row's routing, beside what a pool makes probabilities of:
+WEIGHTS = {"row": "row mean", "prompt": "last token"}
 UNSEEN = "unseen prompts"
 
 
@@ -203,11 +204,11 @@ def _measure(
 def _readings(
     z: list[np.ndarray], router: Router, pool: str, labels: np.ndarray, resamples: int
 ) -> dict[str, dict[str, Any]]:
-    """Metrics of each token's pi, of rows' mean pi, and of that as probabilities where the router has a pool."""
+    """Metrics of each token's pi, of rows' weights, and of those as probabilities where the router has a pool."""
     pi = [probabilities(x, np.asarray(router.temperature), router.config.top_k) for x in z]
-    rows = {MEAN: row_means(pi)}
+    rows = {WEIGHTS[pool]: row_weights(pi, pool)}
     if router.pool:
-        rows[POOLED] = pooled_rows(router, rows[MEAN], pool)
+        rows[POOLED] = pooled_rows(router, rows[WEIGHTS[pool]], pool)
     out = {TOKENS: metrics.token_report(pi, labels, resamples=resamples)}
     return out | {r: metrics.routing_report(p, labels, router.names, resamples=resamples) for r, p in rows.items()}
 
@@ -225,7 +226,8 @@ def _save(run: OpenRun, start: Router, after: Router, results: dict[str, Any]) -
     write_json(out / "results.json", results)
     own = results["routing"][ROWS]["objective"]
     curves = {"token": [(TOKENS, "before"), (TOKENS, "after")]}
-    curves["row"] = [(MEAN, "before"), (MEAN, "after"), (POOLED, "after")]
+    mean = WEIGHTS["row"]
+    curves["row"] = [(mean, "before"), (mean, "after"), (POOLED, "after")]
     for name, parts in curves.items():
         bins = {f"{reading}, {state} calibration": own[reading][state]["reliability"] for reading, state in parts}
         write_text(
@@ -234,7 +236,7 @@ def _save(run: OpenRun, start: Router, after: Router, results: dict[str, Any]) -
 
 
 def fitted(results: Mapping[str, Any]) -> str:
-    """What was fitted, in one line: temperatures, the powers that make a row's mean a forecast, each expert's own."""
+    """What was fitted, in one line: temperatures, the powers that make weights a row's forecast, each expert's own."""
 
     def span(values: Any) -> str:
         low, high = np.min(values), np.max(values)

@@ -29,7 +29,7 @@ from trinityx_jax.evaluation.systems import System, build, cost
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import read_json, write_json, write_text
 from trinityx_jax.mocae import Router
-from trinityx_jax.mocae.calibration import pooled_rows
+from trinityx_jax.mocae.calibration import pooled_rows, row_weights
 from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import RunFolder, run_of
 from trinityx_jax.runs import load_experts, load_router, router_digest, with_paths
@@ -228,10 +228,12 @@ class Comparison:
             scores = system.score(rows, objective, on_batch=lambda: bar.advance("batches of rows"))
             found = {"nll": scores.nll, "tokens": scores.tokens, "objective": held.objective}
             if system.router is not None:
-                means = np.stack([pi.mean(axis=0) for pi in scores.token_pi[: len(held.chosen)]])
-                found["row_pi"] = means
-                if system.router.pool:
-                    found["pooled_pi"] = pooled_rows(system.router, means, "row")
+                pi = scores.token_pi[: len(held.chosen)]
+                prompts = [own[: row.prompt_length] for own, row in zip(pi, held.chosen, strict=True)]
+                for kind, part in (("row", pi), ("prompt", prompts)):
+                    found[f"{kind}_pi"] = row_weights(part, kind)
+                    if system.router.pool:
+                        found[f"pooled_{kind}_pi"] = pooled_rows(system.router, found[f"{kind}_pi"], kind)
             if questions:
                 nll = system.score_choices(answers, index or 0, on_batch=lambda: bar.advance("batches of answers"))
                 found["mc1"], found["mc2"] = measures(questions, nll)

@@ -20,7 +20,7 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, merge, stack
 from trinityx_jax.experts.lora import site_shape
 from trinityx_jax.mocae import MoCaEConfig, hidden_states, init_router, preset, token_routing
-from trinityx_jax.mocae.calibration import pooled_rows, row_means
+from trinityx_jax.mocae.calibration import pooled_rows, row_weights
 from trinityx_jax.mocae.config import PRESETS
 
 NAMES = ("helpful", "harmless", "honest")
@@ -285,10 +285,10 @@ def test_a_row_s_calibrated_probabilities(tmp_path, modules_cache):
     model = load(export.export_mocae(backbone, make_vectors(backbone.config), with_pool, tmp_path / "out"))
     tokens, mask = batch()
     routing = run_torch(model, tokens, mask, output_routing=True).routing
-    means = row_means([own[real] for own, real in zip(routing.numpy(), mask, strict=True)])
+    rows = [own[real] for own, real in zip(routing.numpy(), mask, strict=True)]
     for kind in ("row", "prompt"):
         found = model.row_probabilities(routing, torch.tensor(mask).long(), kind).numpy()
-        np.testing.assert_allclose(found, pooled_rows(with_pool, means, kind), atol=1e-6)
+        np.testing.assert_allclose(found, pooled_rows(with_pool, row_weights(rows, kind), kind), atol=1e-6)
     plain = load(export.export_mocae(backbone, make_vectors(backbone.config), router, tmp_path / "plain"))
     with pytest.raises(ValueError, match="was not calibrated"):
         plain.row_probabilities(routing, torch.tensor(mask))

@@ -17,7 +17,7 @@ from trinityx_jax.backbone.model import abstract_params
 from trinityx_jax.experts import init_expert, stack
 from trinityx_jax.mocae import Router, hidden_states, losses
 from trinityx_jax.mocae import router as inside
-from trinityx_jax.mocae.calibration import calibrated, pooled, probabilities, row_means
+from trinityx_jax.mocae.calibration import calibrated, pooled, probabilities, row_weights
 
 CONFIG = BackboneConfig(
     vocab_size=20, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=8,
@@ -57,8 +57,12 @@ def test_of_equal_logits_the_same_experts_are_selected_as_inside_the_model() -> 
 def test_a_row_s_mean_is_the_one_that_the_losses_see() -> None:
     mask = np.arange(7) < np.array([[7], [4], [1], [5]])
     pi = inside.probabilities(f32(Z), f32(0.6), None)
-    found = row_means([np.asarray(pi[row])[mask[row]] for row in range(4)])
-    np.testing.assert_allclose(found, losses.row_routing(pi, jnp.asarray(mask), 4)[0], rtol=1e-5)
+    rows = [np.asarray(pi[row])[mask[row]] for row in range(4)]
+    for own in (rows, [x.mean(axis=1) for x in rows]):
+        found = row_weights(own, "row")
+        np.testing.assert_allclose(found, losses.row_routing(pi, jnp.asarray(mask), 4)[0], rtol=1e-5)
+        ends = [np.asarray(pi[row, n]).mean(axis=0) for row, n in enumerate((6, 3, 0, 4))]
+        np.testing.assert_allclose(row_weights(own, "prompt"), ends, rtol=1e-5)
 
 
 def test_a_pool_of_one_is_the_mean_and_a_sharper_one_undoes_a_flattened_mean() -> None:

@@ -156,7 +156,7 @@ def test_rows_of_an_objective_count_alike_together_however_many_they_are(objecti
         own = [z[i] for i in index]
         targets = calibration.objective_targets([rows[i] for i in index], labels[index], E)
         fit(own, targets, "expert", START)
-        fit_pool(own, targets, router)
+        fit_pool(own, targets, router, "row")
     x = np.array([0.8, 1.5, 2.0, 0.3, -0.5, 0.1])
     few, many = (objectives[i](x)[0] - pull(x, START, rows) for i, rows in ((0, 6), (2, 9)))
     assert few == pytest.approx(many, rel=1e-12)
@@ -209,10 +209,14 @@ def mean_pi(z: np.ndarray, temperature: Any, top_k: int | None = None) -> np.nda
 
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize("temperature", [0.7, [[0.2, 0.7, 2.0], [1.5, 0.3, 0.9]]])
-def test_the_pool_is_the_least_of_its_objective_and_lowers_the_nll(temperature: Any, top_k: int | None) -> None:
+@pytest.mark.parametrize("kind", ["row", "prompt"])
+def test_the_pool_is_the_least_of_its_objective_and_lowers_the_nll(
+    kind: str, temperature: Any, top_k: int | None
+) -> None:
     z, targets = make_rows(40, seed=5, soft=False)
-    found = fit_pool(z, targets, router_at(temperature, top_k=top_k))
-    means = np.maximum([mean_pi(own, temperature, top_k) for own in z], 1e-4)  # where top_k never chose an expert
+    found = fit_pool(z, targets, router_at(temperature, top_k=top_k), kind)
+    read = z if kind == "row" else [own[-1:] for own in z]
+    means = np.maximum([mean_pi(own, temperature, top_k) for own in read], 1e-4)  # where top_k never chose an expert
     q, weight = np.concatenate([t.q for t in targets]), np.array([t.weight for t in targets])
 
     def nll(x: Any) -> float:
@@ -237,7 +241,7 @@ def test_rows_that_are_all_told_apart_keep_a_finite_sharpness(gap: float) -> Non
     labels = np.arange(12) % E
     z = [np.log(np.where(np.arange(E) == label, 1 / 3 + gap, 1 / 3 - gap / 2)).reshape(1, 1, E) for label in labels]
     rows = [Encoded(np.zeros(1, np.int32), 1)] * len(z)
-    found = fit_pool(z, calibration.objective_targets(rows, labels, E), router_at(1.0))
+    found = fit_pool(z, calibration.objective_targets(rows, labels, E), router_at(1.0), "row")
     means = np.stack([softmax(own[0, 0]) for own in z])
     assert 1.5 < found < 25
     assert pooled(means, found).max() < 0.995  # of twelve rows, none can be that sure
@@ -249,7 +253,7 @@ def test_the_pool_of_two_experts_is_logistic_regression_on_the_log_ratio() -> No
     labels = (draw.random(4000) < 1 / (1 + np.exp(-2.5 * ratio))).astype(int)
     z = [np.array([0.0, r]).reshape(1, 1, 2).repeat(L, axis=1) for r in ratio]
     rows = [Encoded(np.zeros(1, np.int32), 1)] * len(z)
-    found = fit_pool(z, calibration.objective_targets(rows, labels, 2), router_at(1.0, NAMES[:2]))
+    found = fit_pool(z, calibration.objective_targets(rows, labels, 2), router_at(1.0, NAMES[:2]), "row")
     peer = LogisticRegression(C=np.inf, tol=1e-8, fit_intercept=False).fit(
         ratio[:, None], labels, sample_weight=4000 * balanced(labels)
     )
@@ -335,12 +339,13 @@ def test_calibration_lowers_the_nll_of_the_model_and_pools_its_rows(
     pi = model.pi(after)
     for name in ("row", "prompt"):
         ends = [row.prompt_length if name == "prompt" else len(row.ids) for row in model.rows]
-        means = np.stack([own[:end].mean(axis=(0, 1)) for own, end in zip(pi, ends, strict=True)])
+        parts = [own[:end] if name == "row" else own[end - 1 : end] for own, end in zip(pi, ends, strict=True)]
+        means = np.stack([own.mean(axis=(0, 1)) for own in parts])
         means /= means.sum(axis=1, keepdims=True)  # of float32's rounding
         sharpness = float(after.pool[f"{name}_sharpness"])
         plain = log_loss(model.labels, means, sample_weight=balanced(model.labels))
         assert log_loss(model.labels, pooled(means, sharpness), sample_weight=balanced(model.labels)) < plain
-        expected = fit_pool([np.log(m)[None, None] for m in means], targets, router_at(1.0))
+        expected = fit_pool([np.log(m)[None, None] for m in means], targets, router_at(1.0), name)
         np.testing.assert_allclose(sharpness, expected, rtol=1e-2)
 
 

@@ -303,7 +303,7 @@ def _mocae_config(
 
 
 def _pool(router: Router) -> dict[str, Any] | None:
-    """What makes a row's mean routing its probabilities, by kind of row; None of a router without."""
+    """What makes a row's routing its probabilities, by kind of row; None of a router without."""
     if not router.pool:
         return None
     return {kind: float(router.pool[f"{kind}_sharpness"]) for kind in ("row", "prompt")}

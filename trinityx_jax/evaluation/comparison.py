@@ -17,13 +17,20 @@ from rich.table import Table
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import metrics, store
 
+READINGS = {
+    "row mean": "row_pi",
+    "row": "pooled_row_pi",
+    "prompt's last token": "prompt_pi",
+    "prompt": "pooled_prompt_pi",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """What was measured of one system: values by row, and what it costs.
 
     ``values``: nll and tokens [2n] (answers to prefer, then those to reject), objective [n]; of a routed system
-    row_pi and pooled_pi [n,E]; mc1 and mc2 [questions].
+    those of ``READINGS`` [n,E]; mc1 and mc2 [questions].
     """
 
     values: dict[str, np.ndarray]
@@ -97,10 +104,12 @@ def _quality(seeds: Sequence[Columns], names: Sequence[str], resamples: int | No
     for key in ("mc1", "mc2"):
         if key in seeds[0].values:
             out[key] = done(_average, _mean(seeds, key))
-    if "row_pi" in seeds[0].values:
-        out["routing"] = {"row mean": _routing([own.values["row_pi"] for own in seeds], objective, done, resamples)}
-        if "pooled_pi" in seeds[0].values:
-            out["routing"]["row"] = _routing([own.values["pooled_pi"] for own in seeds], objective, done, resamples)
+    readings = {name: key for name, key in READINGS.items() if key in seeds[0].values}
+    if readings:
+        out["routing"] = {
+            name: _routing([own.values[key] for own in seeds], objective, done, resamples)
+            for name, key in readings.items()
+        }
     return out
 
 

@@ -24,7 +24,7 @@ EQUAL = "one template, matched lengths"  # neither style of a data set's prompts
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Rows, the objective of each [n], and what is measured of them: by name how many of its tokens each row counts
-    with [n], and which pool makes their mean probabilities."""
+    with [n], and as what they are read (``row_weights``: row, prompt)."""
 
     rows: list[Encoded]
     labels: np.ndarray

@@ -24,7 +24,7 @@ from trinityx_jax.evaluation.scoring import Scorer, Scores
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import write_json
 from trinityx_jax.mocae import Router
-from trinityx_jax.mocae.calibration import pooled_rows
+from trinityx_jax.mocae.calibration import pooled_rows, row_weights
 from trinityx_jax.progress import progress
 
 MOCAE, MERGE, BASE = "MoCaE", "naive merge", "base"
@@ -224,16 +224,16 @@ def _routing(
     found: Scores,
     before: Scores | None,
 ) -> dict[str, Any]:
-    """Routing metrics of every view of the test rows; where the router has a pool, of means as probabilities too."""
+    """Routing metrics of every view of the test rows; where the router has a pool, as probabilities too."""
     n, names = len(held.pairs), list(router.names)
     variants: dict[str, np.ndarray] = {}
     sets = held.views(config, backbone, names)
     if before is not None:
-        variants["before calibration"] = np.stack([pi.mean(axis=0) for pi in before.token_pi])
+        variants["before calibration"] = row_weights(before.token_pi, "row")
     for own in sets:
         pi = found.token_pi[:n] if own.rows is held.chosen else scorer.score(own.rows, router=router).token_pi
         for view, (ends, pool) in own.views.items():
-            variants[view] = np.stack([x[:end].mean(axis=0) for x, end in zip(pi, ends, strict=True)])
+            variants[view] = row_weights([x[:end] for x, end in zip(pi, ends, strict=True)], pool)
             if router.pool:
                 variants[f"{view}{CALIBRATED}"] = pooled_rows(router, variants[view], pool)
     options = {"resamples": config.evaluate.bootstrap}

@@ -33,24 +33,29 @@ def probabilities(z: np.ndarray, temperature: np.ndarray, top_k: int | None = No
     return softmax(selected(z.astype(np.float64) / np.asarray(temperature, np.float64), top_k))
 
 
-def row_means(pi: list[np.ndarray]) -> np.ndarray:
-    """Each row's pi [S,L,E], averaged over its tokens and all layers, as ``losses.row_routing`` has it: [N,E]."""
-    return np.stack([own.mean(axis=(0, 1)) for own in pi])
+def row_weights(pi: list[np.ndarray], kind: str) -> np.ndarray:
+    """What each row's pi [S,L,E], or its mean over layers [S,E], says of the row [N,E].
+
+    Of a whole ``row`` the mean over its tokens and all layers, as ``losses.row_routing`` has it. Of a ``prompt`` the
+    last token's alone, over all layers, which has read all of it: most tokens of a short prompt are its template's.
+    """
+    tokens = [own.reshape(len(own), -1, own.shape[-1]).mean(axis=1) for own in pi]
+    return np.stack([own.mean(axis=0) if kind == "row" else own[-1] for own in tokens])
 
 
-def pooled(means: np.ndarray, sharpness: float) -> np.ndarray:
-    """A row's probabilities from its mean pi [N,E]: softmax(sharpness log mean).
+def pooled(weights: np.ndarray, sharpness: float) -> np.ndarray:
+    """A row's probabilities from its weights [N,E]: softmax(sharpness log weights).
 
     A mean of calibrated forecasts is under-confident (Ranjan and Gneiting, 2010): tokens that cannot know the
-    objective yet count as much as those that do. This undoes it, and never changes which expert is the likeliest; a
-    router's ``pool`` holds it.
+    objective yet, and early layers, count as much as those that do. This undoes it, and never changes which expert is
+    the likeliest; a router's ``pool`` holds it.
     """
-    return softmax(sharpness * np.log(np.maximum(means, SMALLEST)))
+    return softmax(sharpness * np.log(np.maximum(weights, SMALLEST)))
 
 
-def pooled_rows(router: Router, means: np.ndarray, kind: str) -> np.ndarray:
+def pooled_rows(router: Router, weights: np.ndarray, kind: str) -> np.ndarray:
     """``pooled`` by a router's pool for whole rows or for prompts (``kind``: row, prompt)."""
-    return pooled(means, float(router.pool[f"{kind}_sharpness"]))
+    return pooled(weights, float(router.pool[f"{kind}_sharpness"]))
 
 
 def calibrated(router: Router, temperature: np.ndarray, bias: np.ndarray, kind: str) -> Router:

@@ -23,7 +23,7 @@ class Router:
 
     kernel [L|1,D,E], bias [L|1,E], gamma [E] (normalised), temperature [], [E] or [L,E]; ``norm`` holds
     scale and bias [L,D] (and gate [L] for ``gated``) where the output reading has a LayerNorm. ``pool``
-    (row_sharpness [], prompt_sharpness []) is no part of the model: it turns a row's mean pi into
+    (row_sharpness [], prompt_sharpness []) is no part of the model: it turns a row's weights into
     probabilities (``calibration.pooled``).
     """
 

@@ -16,7 +16,7 @@ from trinityx_jax.backbone.products import activations, packed
 from trinityx_jax.data.batching import evaluation_batches
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.mocae import Router, hidden_states, token_routing
-from trinityx_jax.mocae.calibration import SMALLEST, calibrated, row_means, softmax
+from trinityx_jax.mocae.calibration import SMALLEST, calibrated, row_weights, softmax
 from trinityx_jax.mocae.calibration import probabilities as numpy_probabilities
 
 ROUNDS = 3  # a layer's logits move a little when the layers below mix otherwise
@@ -94,7 +94,7 @@ def calibrate(
     for name in ("row", "prompt"):  # a causal model routes a prompt as it does a row's beginning
         ends = [row.prompt_length if name == "prompt" else len(row.ids) for row in rows]
         cut = [own[:end] for own, end in zip(z, ends, strict=True)]
-        pool[f"{name}_sharpness"] = jnp.float32(fit_pool(cut, targets, found))
+        pool[f"{name}_sharpness"] = jnp.float32(fit_pool(cut, targets, found, name))
     return dataclasses.replace(found, pool=pool)
 
 
@@ -147,22 +147,22 @@ def _fit_one(
     return (np.full(count, found[0]), np.zeros(count)) if tied else (found[:count], found[count:])
 
 
-def fit_pool(z: Sequence[np.ndarray], targets: Sequence[Target], router: Router) -> float:
-    """The sharpness that makes a row's mean pi its probabilities (``mocae.calibration.pooled``).
+def fit_pool(z: Sequence[np.ndarray], targets: Sequence[Target], router: Router, kind: str) -> float:
+    """The sharpness that makes a row's weights its probabilities (``mocae.calibration.pooled``).
 
     No bias for each expert: it would learn how the calibration rows' kind of prompt leans, which another file of the
     same objective does not. A weak pull towards 1, a row's worth, keeps separable rows from an endless sharpness.
     """
     pi = [numpy_probabilities(own, np.asarray(router.temperature), router.config.top_k) for own in z]
-    means = np.log(np.maximum(row_means(pi), SMALLEST))
+    weights = np.log(np.maximum(row_weights(pi, kind), SMALLEST))
     q = np.stack([np.broadcast_to(t.q, (len(t.counts), t.q.shape[-1]))[t.counts].mean(axis=0) for t in targets])
-    weight = np.asarray([t.weight for t in targets])[:, None]
+    share = np.asarray([t.weight for t in targets])[:, None]
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
         sharpness = np.exp(x[0])
-        p = softmax(sharpness * means)
-        value = -np.sum(weight * q * np.log(p + 1e-20)) + 0.5 * x[0] ** 2 / len(targets)
-        return float(value), np.asarray([sharpness * np.sum((p - q) * weight * means) + x[0] / len(targets)])
+        p = softmax(sharpness * weights)
+        value = -np.sum(share * q * np.log(p + 1e-20)) + 0.5 * x[0] ** 2 / len(targets)
+        return float(value), np.asarray([sharpness * np.sum((p - q) * share * weights) + x[0] / len(targets)])
 
     bounds = Bounds(np.asarray([np.log(LEAST)]), np.asarray([-np.log(LEAST)]))
     found = minimize(loss, np.zeros(1), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 500})

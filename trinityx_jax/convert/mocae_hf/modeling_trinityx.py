@@ -57,7 +57,8 @@ class TrinityXReadings:
     mixture_mixing: "outputs" of the experts, or "weights": their deltas inside each projection.
     mixture_output: "prenorm" h + y; "layernorm" LN(h + y); "gated" h + y + g (LN(h + y) - (h + y)).
     mixture_dropout: on the mixture's output, in training only.
-    router_pool: {"row": w, "prompt": w}, the sharpness that makes a row's mean pi its probabilities.
+    router_pool: {"row": w, "prompt": w}, the sharpness that makes a row's mean pi its probabilities, or that of a
+        prompt's last token.
 
     Raises:
         ValueError: a reading is not one of its choices, or the experts are not described.
@@ -305,9 +306,13 @@ class TrinityXHead:
             raise ValueError("the router was not calibrated: config.json has no router_pool")
         if kind not in self.config.router_pool:
             raise ValueError(f"kind {kind!r} is not one of {', '.join(self.config.router_pool)}")
-        real = mask.to(routing)
-        mean = torch.einsum("bse,bs->be", routing.mean(dim=2), real) / real.sum(dim=1, keepdim=True)
-        return (self.config.router_pool[kind] * mean.clamp_min(1e-4).log()).softmax(dim=-1)
+        tokens, real = routing.mean(dim=2), mask.to(routing)  # [B,S,E], [B,S]
+        if kind == "row":
+            weights = torch.einsum("bse,bs->be", tokens, real) / real.sum(dim=1, keepdim=True)
+        else:
+            last = real.shape[1] - 1 - real.flip(1).argmax(dim=1)
+            weights = tokens[torch.arange(len(last), device=last.device), last]
+        return (self.config.router_pool[kind] * weights.clamp_min(1e-4).log()).softmax(dim=-1)
 
 
 class TrinityXLlamaConfig(TrinityXReadings, LlamaConfig):
