@@ -31,7 +31,7 @@ fi
 "$venv/bin/ruff" format --check .
 slow=()
 for argument; do [ "$argument" != --slow ] || slow=(-m "not slow"); done
-"$venv/bin/python" -m pytest --ignore tests/test_without_torch.py -n 2 --dist loadfile "$@" ${slow[@]+"${slow[@]}"}
+"$venv/bin/python" -m pytest --ignore tests/test_without_torch.py -n 2 --dist loadfile --no-loadscope-reorder "$@" ${slow[@]+"${slow[@]}"}
 if [ ${#slow[@]} -gt 0 ]; then # alone on the machine: they compare times
     "$venv/bin/python" -m pytest --ignore tests/test_without_torch.py -s "$@" -m slow
 fi
