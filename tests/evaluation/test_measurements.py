@@ -62,6 +62,8 @@ def test_bad_files_are_one_sentence(tmp_path: Path, capsys: Any) -> None:
     save(tmp_path / "repeat.npz", {"a": {"0": columns(1)}}, RECIPES, FACTS)
     unrouted = Columns({k: v for k, v in columns(1).values.items() if k != "row_pi"}, {})
     save(tmp_path / "unrouted.npz", {"a": {"1": unrouted}}, RECIPES, FACTS)
+    older = Columns(unrouted.values | {"pooled_pi": columns(1).values["row_pi"]}, {})
+    save(tmp_path / "older.npz", {"a": {"1": older}}, RECIPES, FACTS)
     cases = {
         "none.npz": "none.npz: cannot be read (No such file or directory)",
         "x.npz rows.npz": "rows.npz: was measured with other test rows than",
@@ -69,7 +71,8 @@ def test_bad_files_are_one_sentence(tmp_path: Path, capsys: Any) -> None:
         "x.npz objectives.npz": "objectives.npz: was measured with other objectives than",
         "x.npz bootstrap.npz": "bootstrap.npz: was measured with other evaluate.bootstrap than",
         "x.npz recipe.npz": "recipe.npz: 'a' is configured otherwise in",
-        "x.npz unrouted.npz": "unrouted.npz: 'a' is configured otherwise in",
+        "x.npz unrouted.npz": "unrouted.npz: not every seed of 'a', here and in",
+        "older.npz": "older.npz: 'a' has 'pooled_pi', which this version does not read",
         "x.npz repeat.npz": "repeat.npz: 'a' of seed 0 has other numbers",
         "x.npz --against b": "--against: 'b' is not one of a",
         "": "name the measurements.npz",

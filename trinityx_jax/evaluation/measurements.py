@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trinityx_jax.errors import UserError
-from trinityx_jax.evaluation.comparison import Columns
+from trinityx_jax.evaluation.comparison import READINGS, Columns
 from trinityx_jax.evaluation.store import DAMAGED
 from trinityx_jax.files import write_bytes
 
@@ -23,6 +23,7 @@ KINDS = {  # what all must have in common
     "bootstrap": "evaluate.bootstrap",
 }
 NEEDED = {"nll", "tokens", "objective"}
+KNOWN = {*NEEDED, "mc1", "mc2", *READINGS.values()}
 Systems = dict[str, dict[str, Columns]]  # by label and seed
 
 
@@ -51,7 +52,7 @@ def load(path: Path) -> tuple[Systems, dict[str, str], dict[str, Any]]:
     """The systems, their recipes, and the facts.
 
     Raises:
-        UserError: it cannot be read, or is no such file.
+        UserError: it cannot be read, is no such file, or holds what this version knows nothing of.
     """
     try:
         with np.load(path, allow_pickle=False) as data:
@@ -63,6 +64,8 @@ def load(path: Path) -> tuple[Systems, dict[str, str], dict[str, Any]]:
                 values = {name: data[f"{place}/{name}"] for name in about["names"][place]}
                 if not values.keys() >= NEEDED:
                     raise ValueError
+                if unknown := sorted(values.keys() - KNOWN):
+                    raise UserError(f"{path}: {label!r} has {unknown[0]!r}, which this version does not read")
                 found.setdefault(label, {})[seed] = Columns(values, dict(about["costs"][place]))
             recipes = {label: about["recipes"][label] for label in found}
             return found, recipes, {key: about["facts"][key] for key in KINDS}
@@ -93,8 +96,10 @@ def joined(paths: Sequence[Path]) -> tuple[Systems, dict[str, Any]]:
         for label, seeds in found.items():
             keys = {name for own in seeds.values() for name in own.values}
             other, recipe, names = origin.setdefault(label, (path, recipes[label], keys))
-            if recipe != recipes[label] or any(own.values.keys() != names for own in seeds.values()):
+            if recipe != recipes[label]:
                 raise UserError(f"{path}: {label!r} is configured otherwise in {other}, and is another system")
+            if apart := sorted({name for own in seeds.values() for name in own.values.keys() ^ names}):
+                raise UserError(f"{path}: not every seed of {label!r}, here and in {other}, has {apart[0]!r}")
             for seed, columns in seeds.items():
                 known = systems.setdefault(label, {}).setdefault(seed, columns)
                 if any(not np.array_equal(known.values[name], columns.values[name]) for name in names):
