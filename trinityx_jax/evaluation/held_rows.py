@@ -99,10 +99,12 @@ def held_out_pairs(config: RunConfig, name: str, limit: int | None = None) -> li
     return out
 
 
-def held_out_questions(config: RunConfig) -> frozenset[str]:
-    """Every objective's test prompts, normalised, whatever their ``test_limit``."""
+def held_out_questions(config: RunConfig, limited: bool = False) -> frozenset[str]:
+    """Every objective's test prompts, normalised; ``limited``: no more of each than its ``test_limit``."""
     entries = [data for name in config.experts.names for data in config.parts(name).values()]
-    return frozenset(example.question for data in entries for example in prompts_of(data, "test"))
+    limits = [data.test_limit if limited else None for data in entries]
+    found = (prompts_of(data, "test", limit) for data, limit in zip(entries, limits, strict=True))
+    return frozenset(example.question for own in found for example in own)
 
 
 def _one_template(config: RunConfig, backbone: Backbone, names: Sequence[str], held: HeldOut) -> list[Encoded]:

@@ -61,7 +61,7 @@ def _warn(config: RunConfig, trained: RunConfig) -> None:
     """Of test questions that were trained on: other ones than training left out, and multiple-choice ones."""
     tests: dict[str, Iterable[str]] = {}
     if config.data != trained.data:
-        tests["test questions"] = held_out_questions(config)
+        tests["test questions"] = held_out_questions(config, limited=True)
     if config.evaluate.multiple_choice is not None:
         tests[CHOICES] = [question.normalised for question in asked(config)]
     if tests:

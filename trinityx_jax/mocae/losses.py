@@ -92,10 +92,8 @@ def gate_loss(pi: jax.Array, mask: jax.Array, objective: jax.Array, kind: str) -
         real = (numbers > 0).astype(jnp.float32)
     else:
         mean, some = row_routing(pi, mask, len(objective))
-        own, real = (
-            jnp.log(jnp.take_along_axis(mean, objective[:, None], axis=1)[:, 0] + TINY),
-            some.astype(jnp.float32),
-        )
+        own = jnp.log(jnp.take_along_axis(mean, objective[:, None], axis=1)[:, 0] + TINY)
+        real = some.astype(jnp.float32)
     return -jnp.sum(own * real) / jnp.maximum(jnp.sum(real), 1.0)
 
 
