@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 import trinityx_jax as tx
 from trinityx_jax import cli
-from trinityx_jax.calibrate import POOLED, TOKENS, UNSEEN, WEIGHTS
+from trinityx_jax.calibrate import POOLED, TOKENS, UNSEEN, UNSEEN_ROWS, WEIGHTS
 from trinityx_jax.config import load_config
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.evaluation.held_rows import EQUAL, PROMPTS, ROWS, load_held_out
@@ -88,8 +89,14 @@ def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
     # prompts of files that the run does not know, in another schema: by construction the held-out ones
     unseen = []
     for index, name in enumerate(NAMES):
-        prompts = [p.chosen.prompt for p, i in zip(held.pairs, held.objective, strict=True) if i == index]
-        lines = [json.dumps({"instruction": text, "input": "", "output": ""}) for text in [*prompts, "One more."]]
+        own = [p.chosen for p, i in zip(held.pairs, held.objective, strict=True) if i == index]
+        own = [
+            own[0],
+            own[0],
+            *own[1:],
+            dataclasses.replace(own[0], instruction="One more."),
+        ]  # each question counts once
+        lines = [json.dumps({"instruction": e.prompt, "input": "", "output": e.response}) for e in own]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         given = {"": tmp_path / f"{name}.jsonl", "_format": "alpaca", "_split": "all", "_limit": 4}
         unseen += [part for key, value in given.items() for part in (f"--data.{name}.unseen{key}", str(value))]
@@ -104,7 +111,7 @@ def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
     written = {name for name, content in after.items() if before.get(name) != content}
     assert written == {
         "router/router.safetensors", "router/router.json", "run.json", "calibration/results.json",
-        "calibration/reliability-token.svg", "calibration/reliability-row.svg",
+        *(f"calibration/reliability-{name}.svg" for name in ("token", "row", "prompt", "unseen")),
     }  # fmt: skip
     assert after.keys() - before.keys() == {name for name in written if name.startswith("calibration/")}
     router = tx.load_router(run)
@@ -119,7 +126,7 @@ def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
     assert json.loads(after["run.json"])["stages"]["router"]["temperature"] == found["temperature"]["after"]
     calibration = load_training_rows(config, opened.backbone, together=True).calibration
     counts = {"calibration": [len(calibration[name]) for name in NAMES]}
-    counts |= dict.fromkeys((ROWS, PROMPTS, EQUAL, UNSEEN), [4] * 3)
+    counts |= dict.fromkeys((ROWS, PROMPTS, EQUAL, UNSEEN, UNSEEN_ROWS), [4] * 3)
     assert found["rows"] == counts
 
     size = max(len(row.ids) for row in held.chosen)
@@ -138,8 +145,10 @@ def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
     routing = found["routing"]
     assert {what: set(by_label) for what, by_label in routing.items()} == {
         ROWS: {"objective", "best expert"}, PROMPTS: {"objective"}, EQUAL: {"objective"}, UNSEEN: {"objective"},
+        UNSEEN_ROWS: {"objective"},
     }  # fmt: skip
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), routing[UNSEEN], routing[PROMPTS])
+    for known, other in ((routing[PROMPTS], routing[UNSEEN]), (routing[ROWS], routing[UNSEEN_ROWS])):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), known["objective"], other["objective"])
     assert routing[PROMPTS] != {"objective": routing[ROWS]["objective"]}
     losses = []  # of each expert alone on each row's answer, a token
     for name in NAMES:
@@ -174,7 +183,7 @@ def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
                     same_metrics(readings[POOLED][state], p, index)
 
 
-def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(run: Path) -> None:
+def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(run: Path, tmp_path: Path) -> None:
     stage_2 = tx.load_router(run)  # calibrated as its configuration says, when it was trained
     uncalibrated = (run / "router-uncalibrated" / "router.safetensors").read_bytes()
     assert cli.main(["calibrate", str(run), "--fit=layer", "--to", "token"]) == 0
@@ -186,7 +195,14 @@ def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(run: Pa
     assert (found["fit"], found["to"]) == ("temperature", "objective")
     assert again.config == stage_2.config
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), again, stage_2)
-    assert cli.main(["calibrate", str(run), "--fit", "none"]) == 0
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "Is it?"}\n{"prompt": "is it"}\n{"prompt": "Was it?"}\n')
+    honest = {"unseen": str(tmp_path / "asked.jsonl"), "unseen_format": "instructions"}
+    honest |= {"unseen_fields": "{prompt: prompt}"}
+    flags = [part for key, value in honest.items() for part in (f"--data.honest.{key}", value)]
+    assert cli.main(["calibrate", str(run), "--fit", "none", *flags]) == 0
+    asked = results(run)
+    assert asked["rows"][UNSEEN] == [0, 0, 2]
+    assert UNSEEN_ROWS not in asked["routing"]  # there are no answers
     plain, start = tx.load_router(run), tx.load_router(run / "router-uncalibrated")
     for field in ("kernel", "bias", "gamma", "temperature"):
         np.testing.assert_array_equal(getattr(plain, field), getattr(start, field))
@@ -232,6 +248,7 @@ def before_of(tree: Any) -> list[Any]:
     ("flags", "says"),
     [
         (["--to", "rows"], "--to: 'rows' is not one of objective, row, token"),
+        (["--to", "row", "--fit", "none"], "--to: row has no effect with --fit none"),
         (["--fit", "best"], "'best' is not one of"),
         (["--fit", "all"], "'all' is not one of none, temperature, expert, layer"),
         (["--train.steps", "2"], "--train.steps: has no effect"),

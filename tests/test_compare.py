@@ -37,13 +37,14 @@ def _quickly(quick_compilation: None) -> None:
 
 @pytest.fixture(scope="module")
 def router_config(tiny_config: Path, tiny_run: Path, tmp_path_factory: Any) -> Path:
-    """Stage 2's configuration, taking its experts from the finished run."""
+    """Stage 2's configuration, whose own run is finished: experts come from there."""
     path = tmp_path_factory.mktemp("compare") / "router.yaml"
     text = tiny_config.with_name("router.yaml").read_text()
     choices = path.with_name("mc.json")
     choices.write_text(json.dumps([QUESTION | {"question": f"Why {word}?"} for word in ("not", "so")]))
     evaluate = f"{{bootstrap: 100, multiple_choice: {choices}, multiple_choice_prompt: template}}"
-    path.write_text(text + f"experts: {{from: {tiny_run}}}\nevaluate: {evaluate}\n")
+    assert f"out: {tiny_run}\n" in text
+    path.write_text(text + f"evaluate: {evaluate}\n")
     return path
 
 

@@ -15,11 +15,12 @@ from rich.console import Group
 from rich.table import Table
 
 from trinityx_jax.config import RunConfig
-from trinityx_jax.data.templates import Encoded, encode_prompts
+from trinityx_jax.data.formats import Example
+from trinityx_jax.data.templates import Encoded, encode, encode_prompts
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import figures, metrics
-from trinityx_jax.evaluation.expert_losses import ExpertLosses, expert_losses
-from trinityx_jax.evaluation.held_rows import EQUAL, ROWS, HeldOut, Rows, load_held_out, matched_length
+from trinityx_jax.evaluation.expert_losses import expert_losses
+from trinityx_jax.evaluation.held_rows import EQUAL, PROMPTS, ROWS, HeldOut, Rows, load_held_out, matched_length
 from trinityx_jax.evaluation.scoring import Scorer
 from trinityx_jax.evaluation.suite import check_overrides, configured
 from trinityx_jax.experts import stack
@@ -30,7 +31,8 @@ from trinityx_jax.mocae.config import CHOICES
 from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import UNCALIBRATED, RunFolder
 from trinityx_jax.runs import OpenRun, load_trained_router, open_run, save_router
-from trinityx_jax.training.calibration import RoutingReader, Target, calibrate, objective_targets
+from trinityx_jax.sections import DataConfig
+from trinityx_jax.training.calibration import RoutingReader, calibrate
 from trinityx_jax.training.rows import USES, load_parts, load_training_rows, prompts_of
 from trinityx_jax.training.seen import warn_of_test
 
@@ -46,7 +48,7 @@ SHOWN = {
 }
 TOKENS, POOLED = "token", "row"  # readings of a row's routing, beside what a pool makes probabilities of:
 WEIGHTS = {"row": "row mean", "prompt": "last token"}
-UNSEEN = "unseen prompts"
+UNSEEN, UNSEEN_ROWS = "unseen prompts", "unseen rows"
 
 
 def calibrate_run(
@@ -60,7 +62,7 @@ def calibrate_run(
     Args:
         kind: what is fitted of the tokens' weights (see ``training.calibration.calibrate``); None is the router's
             ``mocae.calibration``, or ``temperature`` where that is none.
-        to: the objective's id, or the experts' losses by ``row`` or ``token``.
+        to: what that is fitted to: the objective's id, or the experts' losses by ``row`` or ``token``.
         overrides: ``--key.sub``, value, ... of test rows, unseen rows and of ``evaluate``.
 
     Returns:
@@ -88,7 +90,9 @@ def calibrate_run(
         best = expert_losses(*settings, held.chosen, len(names), on_batch=bar.advance).means().argmin(axis=1)
     temperatures = own.temperatures(fitted_on.labels)
     reader = RoutingReader(*settings)
-    after = calibrate(reader, start, fitted_on.rows, _targets(to, own, temperatures, fitted_on), kind)
+    rows, objectives = fitted_on.rows, fitted_on.labels
+    targets = None if to == "objective" else own.targets(temperatures, to == "token", rows, objectives)
+    after = calibrate(reader, start, rows, objectives, kind, targets)
     states = {"before": dataclasses.replace(start, pool={}), "after": after}
     labels = {"calibration": fitted_on.labels} | {view: part.labels for part in sets for view in part.views}
     results = {
@@ -111,6 +115,8 @@ def _check_options(kind: str | None, to: str, overrides: Sequence[str]) -> None:
     for flag, value, known in (("--fit", kind, CHOICES["calibration"]), ("--to", to, TARGETS)):
         if value is not None and value not in known:
             raise UserError(f"{flag}: {value!r} is not one of {', '.join(map(str, known))}")
+    if kind == "none" and to != "objective":
+        raise UserError(f"--to: {to} has no effect with --fit none; the reading of rows is fitted to their objectives")
     check_overrides(overrides, None, calibration=True)
 
 
@@ -144,12 +150,6 @@ def _as_trained(run: RunFolder) -> Router:
     return start
 
 
-def _targets(to: str, losses: ExpertLosses, temperatures: np.ndarray, own: Rows) -> list[Target]:
-    if to == "objective":
-        return objective_targets(own.rows, own.labels, len(temperatures))
-    return losses.targets(temperatures, to == "token", own.rows, own.labels)
-
-
 def _calibration_rows(config: RunConfig, run: OpenRun, names: Sequence[str]) -> Rows:
     found = load_training_rows(config, run.backbone, together=True).calibration
     labels = np.repeat(np.arange(len(names)), [len(found[name]) for name in names])
@@ -157,28 +157,41 @@ def _calibration_rows(config: RunConfig, run: OpenRun, names: Sequence[str]) -> 
 
 
 def _unseen(config: RunConfig, plain: RunConfig, run: OpenRun, names: Sequence[str]) -> Rows:
-    """The prompts of ``data.NAME.unseen``, in the objective's template, without those that rows of training have."""
-    rows: list[Encoded] = []
-    labels: list[int] = []
+    """The questions of ``data.NAME.unseen``, each once, in the objective's template, less those that rows of training
+    have; with their answers where every one of them has one."""
     entries = [(i, data) for i, name in enumerate(names) for data in config.parts(name).values() if data.unseen]
     parts = load_parts(plain).values() if entries else ()
     used = {e.question for part in parts for use in USES for e in getattr(part, use)}
-    for index, data in entries:
-        found = prompts_of(data, "unseen", data.unseen_limit)
-        kept = [example for example in found if example.question not in used]
-        if len(kept) < len(found):
-            log.warning(
-                "%s: %d prompts stand in training rows too, and are left out", data.unseen, len(found) - len(kept)
-            )
-        encoded = encode_prompts(data.template, kept, run.backbone.tokenizer)
-        long = sum(len(ids) > config.train.seq_len for ids in encoded)
-        if long:
-            log.warning("%s: %d prompts are cut to %d tokens", data.unseen, long, config.train.seq_len)
-        for ids in encoded:
-            cut = ids[: config.train.seq_len]
-            rows.append(Encoded(np.asarray(cut, np.int32), len(cut), data.unseen or ""))
-            labels.append(index)
-    return Rows(rows, np.asarray(labels, int), {UNSEEN: ([len(row.ids) for row in rows], "prompt")})
+    found = [_not_used(data, used) for _, data in entries]
+    whole, length = all(example.response for own in found for example in own), config.train.seq_len
+    rows: list[Encoded] = []
+    labels: list[int] = []
+    for (index, data), own in zip(entries, found, strict=True):
+        if whole:
+            rows += encode(data.template, own, run.backbone.tokenizer, length, f"{data.unseen}, rows")
+        else:
+            prompts = encode_prompts(data.template, own, run.backbone.tokenizer)
+            long = sum(len(ids) > length for ids in prompts)
+            if long:
+                log.warning("%s: %d prompts are cut to %d tokens", data.unseen, long, length)
+            rows += [Encoded(np.asarray(ids[:length], np.int32), len(ids[:length])) for ids in prompts]
+        labels += [index] * len(own)
+    views = {UNSEEN: ([row.prompt_length for row in rows], "prompt")}
+    if whole and rows:
+        views[UNSEEN_ROWS] = ([len(row.ids) for row in rows], "row")
+    return Rows(rows, np.asarray(labels, int), views)
+
+
+def _not_used(data: DataConfig, used: set[str]) -> list[Example]:
+    """The first ``unseen_limit`` questions that are not among those ``used``."""
+    found: dict[str, Example] = {}
+    for example in prompts_of(data, "unseen", answered=True):
+        found.setdefault(example.question, example)
+    first = list(found.values())[: data.unseen_limit]
+    kept = [example for example in first if example.question not in used]
+    if len(kept) < len(first):
+        log.warning("%s: %d prompts stand in training rows too, and are left out", data.unseen, len(first) - len(kept))
+    return kept
 
 
 def _measure(
@@ -224,15 +237,23 @@ def _save(run: OpenRun, start: Router, after: Router, results: dict[str, Any]) -
     folder.finish("router", **done | fitted)
     out = folder.path / "calibration"
     write_json(out / "results.json", results)
-    own = results["routing"][ROWS]["objective"]
-    curves = {"token": [(TOKENS, "before"), (TOKENS, "after")]}
-    mean = WEIGHTS["row"]
-    curves["row"] = [(mean, "before"), (mean, "after"), (POOLED, "after")]
+    mean, last = WEIGHTS["row"], WEIGHTS["prompt"]
+    curves = {"token": [(ROWS, TOKENS, "before"), (ROWS, TOKENS, "after")]}
+    curves["row"] = [(ROWS, mean, "before"), (ROWS, mean, "after"), (ROWS, POOLED, "after")]
+    curves["prompt"] = [(PROMPTS, last, "before"), (PROMPTS, POOLED, "after")]
+    curves["unseen"] = [(UNSEEN, last, "before"), (UNSEEN, POOLED, "after"), (UNSEEN_ROWS, POOLED, "after")]
     for name, parts in curves.items():
-        bins = {f"{reading}, {state} calibration": own[reading][state]["reliability"] for reading, state in parts}
-        write_text(
-            out / f"reliability-{name}.svg", figures.standalone(figures.reliability(bins, before=next(iter(bins))))
-        )
+        by_view = results["routing"]
+        bins = {
+            f"{view}: {reading}, {state} calibration": by_view[view]["objective"][reading][state]["reliability"]
+            for view, reading, state in parts
+            if view in by_view
+        }
+        path = out / f"reliability-{name}.svg"
+        if bins:
+            write_text(path, figures.standalone(figures.reliability(bins, before=next(iter(bins)))))
+        else:
+            path.unlink(missing_ok=True)  # an earlier call's
 
 
 def fitted(results: Mapping[str, Any]) -> str:

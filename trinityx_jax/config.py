@@ -226,6 +226,14 @@ def keys_of(path: str | Path) -> list[str]:
     return list(leaves(_read(Path(path)), "--"))
 
 
+def out_of(path: str | Path) -> str:
+    """A file's ``out``, whatever else it says; raises UserError where it cannot be read or has none."""
+    out = _read(Path(path)).get("out")
+    if not isinstance(out, str) or not out:
+        raise UserError(f"{path}: out: this key is needed, the folder of a run")
+    return out
+
+
 def shadowed(path: str | Path, flags: Sequence[str]) -> list[str]:
     """The overrides (``--key.sub``) that a variant's file has a value of its own for, as ``_varied`` layers them.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from trinityx_jax.config import NAME, SCRATCH, RunConfig, keys_of, load_config, shadowed
+from trinityx_jax.config import NAME, SCRATCH, RunConfig, keys_of, load_config, out_of, shadowed
 from trinityx_jax.errors import UserError
 from trinityx_jax.mocae import MoCaEConfig
 from trinityx_jax.runs import one_expert, source_folders
@@ -108,10 +108,12 @@ def _seeded(
     for flag in ("--out", *(["--seed"] if seeds else [])):
         if flag in overrides:
             raise UserError(f"{flag}: is given by the comparison itself")
-    found = []
+    found, run = [], out_of(path)
     for seed in seeds or (None,):
         own = ["--out", str(folder / f"seed-{seed}"), "--seed", str(seed)] if seeds else ["--out", str(folder)]
         config = load_config(path, [*overrides, *own], "compare", variant)
+        if config.experts.source is None and (Path(run) / "experts").is_dir():  # as train-router takes them
+            config = config.model_copy(update={"experts": config.experts.model_copy(update={"source": run})})
         found.append(config if seed is None else _named_by_seed(config, seed))
     return found
 
@@ -153,7 +155,10 @@ def check_experts(config: RunConfig) -> None:
     if kind == "base" or (source == SCRATCH and kind == "mocae"):
         return
     if source is None or source == SCRATCH:
-        raise UserError("experts.from: name the run, or the folders, that all variants take their experts from")
+        raise UserError(
+            "experts.from: name the run, or the folders, that all variants take their experts from; the "
+            "configuration's own out holds none"
+        )
     found, alone = source_folders(source), config.system.expert
     if alone is not None and alone not in found:
         one_expert(alone, "system.expert", found)

@@ -418,11 +418,16 @@ def test_a_new_expert_takes_from_all_alike(temperature: Any, changes: dict[str, 
     old, u = drawn_router(NAMES, temperature, **changes), DRAW.normal(size=(50, 8))
     mocae = preset("recommended", output="gated", train_norm=True, **changes)
     names = ("helpful", "kind", "harmless", "honest")
-    new = extended(init_router(CONFIG, names, f32([0.25] * 4), mocae), old)
+    new = extended(init_router(CONFIG, names, f32([0.2, 0.4, 0.1, 0.3]), mocae), old)
     pi, before = every_pi(new, u), every_pi(old, u)
     known = pi[..., [0, 2, 3]]
     np.testing.assert_allclose(known / known.sum(axis=-1, keepdims=True), before, rtol=2e-5, atol=1e-7)
     np.testing.assert_allclose(pi[..., 1], np.exp(np.log(known).mean(axis=-1)), rtol=2e-5)
+    np.testing.assert_allclose(new.gamma[jnp.asarray([0, 2, 3])], 0.6 * old.gamma, rtol=1e-6)
+    np.testing.assert_allclose(new.gamma[1], 0.4)
+    told = dataclasses.replace(mocae, gamma_similarity="uniform")  # another rule: as it says
+    even = extended(init_router(CONFIG, names, f32([0.25] * 4), told), old)
+    np.testing.assert_array_equal(even.gamma, f32([0.25] * 4))
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_rows_of_an_objective_count_alike_together_however_many_they_are(objecti
         own = [z[i] for i in index]
         targets = calibration.objective_targets([rows[i] for i in index], labels[index], E)
         fit(own, targets, "expert", START)
-        fit_pool(own, targets, router, "row")
+        fit_pool(own, labels[index], router, "row")
     x = np.array([0.8, 1.5, 2.0, 0.3, -0.5, 0.1])
     few, many = (objectives[i](x)[0] - pull(x, START, rows) for i, rows in ((0, 6), (2, 9)))
     assert few == pytest.approx(many, rel=1e-12)
@@ -175,7 +175,11 @@ def test_reading_the_logits_again_changes_nothing_where_they_stay(kind: str) -> 
             return [own + np.asarray(router.bias, np.float64) for own in z]
 
     rows = [Encoded(np.zeros(len(own), np.int32), 1) for own in z]
-    found = calibrate(Reader(), start, rows, targets, kind)  # type: ignore[arg-type]
+    labels = np.arange(len(rows)) % E
+    found = calibrate(Reader(), start, rows, labels, kind, targets)  # type: ignore[arg-type]
+    objective = calibrate(Reader(), start, rows, labels, "none")  # type: ignore[arg-type]
+    same = calibrate(Reader(), start, rows, labels, "none", targets)  # type: ignore[arg-type]
+    assert same.pool == objective.pool  # of the rows' objectives, whatever the weights are fitted to
     once = fit(
         [own + np.asarray(start.bias, np.float64) for own in z], targets, kind, 1 / np.asarray(start.temperature)
     )
@@ -214,7 +218,8 @@ def test_the_pool_is_the_least_of_its_objective_and_lowers_the_nll(
     kind: str, temperature: Any, top_k: int | None
 ) -> None:
     z, targets = make_rows(40, seed=5, soft=False)
-    found = fit_pool(z, targets, router_at(temperature, top_k=top_k), kind)
+    labels = np.array([t.q[0].argmax() for t in targets])
+    found = fit_pool(z, labels, router_at(temperature, top_k=top_k), kind)
     read = z if kind == "row" else [own[-1:] for own in z]
     means = np.maximum([mean_pi(own, temperature, top_k) for own in read], 1e-4)  # where top_k never chose an expert
     q, weight = np.concatenate([t.q for t in targets]), np.array([t.weight for t in targets])
@@ -240,8 +245,7 @@ def test_the_pool_is_the_least_of_its_objective_and_lowers_the_nll(
 def test_rows_that_are_all_told_apart_keep_a_finite_sharpness(gap: float) -> None:
     labels = np.arange(12) % E
     z = [np.log(np.where(np.arange(E) == label, 1 / 3 + gap, 1 / 3 - gap / 2)).reshape(1, 1, E) for label in labels]
-    rows = [Encoded(np.zeros(1, np.int32), 1)] * len(z)
-    found = fit_pool(z, calibration.objective_targets(rows, labels, E), router_at(1.0), "row")
+    found = fit_pool(z, labels, router_at(1.0), "row")
     means = np.stack([softmax(own[0, 0]) for own in z])
     assert 1.5 < found < 25
     assert pooled(means, found).max() < 0.995  # of twelve rows, none can be that sure
@@ -252,8 +256,7 @@ def test_the_pool_of_two_experts_is_logistic_regression_on_the_log_ratio() -> No
     ratio = draw.normal(size=4000)
     labels = (draw.random(4000) < 1 / (1 + np.exp(-2.5 * ratio))).astype(int)
     z = [np.array([0.0, r]).reshape(1, 1, 2).repeat(L, axis=1) for r in ratio]
-    rows = [Encoded(np.zeros(1, np.int32), 1)] * len(z)
-    found = fit_pool(z, calibration.objective_targets(rows, labels, 2), router_at(1.0, NAMES[:2]), "row")
+    found = fit_pool(z, labels, router_at(1.0, NAMES[:2]), "row")
     peer = LogisticRegression(C=np.inf, tol=1e-8, fit_intercept=False).fit(
         ratio[:, None], labels, sample_weight=4000 * balanced(labels)
     )
@@ -327,8 +330,7 @@ def test_logits_are_read_row_by_row_whatever_the_batches(model: Model) -> None:
 def test_calibration_lowers_the_nll_of_the_model_and_pools_its_rows(
     model: Model, kind: str, shape: tuple[int, ...]
 ) -> None:
-    targets = calibration.objective_targets(model.rows, model.labels, E)
-    after = calibrate(model.reader, model.router, model.rows, targets, kind)
+    after = calibrate(model.reader, model.router, model.rows, model.labels, kind)
     assert after.temperature.shape == shape
     for field in ("kernel", "gamma") if kind != "none" else ("kernel", "gamma", "bias", "temperature"):
         np.testing.assert_array_equal(getattr(after, field), getattr(model.router, field))
@@ -345,14 +347,13 @@ def test_calibration_lowers_the_nll_of_the_model_and_pools_its_rows(
         sharpness = float(after.pool[f"{name}_sharpness"])
         plain = log_loss(model.labels, means, sample_weight=balanced(model.labels))
         assert log_loss(model.labels, pooled(means, sharpness), sample_weight=balanced(model.labels)) < plain
-        expected = fit_pool([np.log(m)[None, None] for m in means], targets, router_at(1.0), name)
+        expected = fit_pool([np.log(m)[None, None] for m in means], model.labels, router_at(1.0), name)
         np.testing.assert_allclose(sharpness, expected, rtol=1e-2)
 
 
 def test_more_freedom_fits_no_worse(model: Model) -> None:
-    targets = calibration.objective_targets(model.rows, model.labels, E)
     found = [
-        model.nll(calibrate(model.reader, model.router, model.rows, targets, kind))
+        model.nll(calibrate(model.reader, model.router, model.rows, model.labels, kind))
         for kind in ("temperature", "expert", "layer")
     ]
     assert found[0] > found[1] > found[2]

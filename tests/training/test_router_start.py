@@ -159,7 +159,10 @@ def test_a_fourth_expert_joins_a_trained_router(
     )
     np.testing.assert_allclose(new[..., :3], old, atol=1e-6)
     np.testing.assert_allclose(new[..., 3], old.mean(axis=-1), atol=1e-6)
-    np.testing.assert_allclose(four.gamma, tx.gamma(stage_experts(config, run.backbone)), rtol=1e-6)
+    share = tx.gamma(stage_experts(config, run.backbone))
+    np.testing.assert_allclose(four.gamma[3], share[3], rtol=1e-6)
+    np.testing.assert_allclose(four.gamma[:3], (1 - share[3]) * three.gamma, rtol=1e-6)
+    assert np.max(np.abs(four.gamma[:3] / share[:3] - 1)) > 0.1  # of four experts it would be another
     save_router(
         dataclasses.replace(three, bias=three.bias + 1), tmp_path / "three" / "router", run.backbone.fingerprint
     )

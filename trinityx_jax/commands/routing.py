@@ -44,7 +44,7 @@ def calibrate(
     """Calibrate a run's router in place, on held-out rows; ECE, Brier, NLL and accuracy before and after.
 
     Its forecast of a row's objective and, by --fit, the weights that mix the experts. It always begins with the router
-    as training left it. Also measured on prompts of files that nothing was trained on: --data.NAME.unseen
+    as training left it. Also measured on rows of files that nothing was trained on: --data.NAME.unseen
     (unseen_format, unseen_fields, unseen_split, unseen_limit). Test rows: --data.NAME.test (and test_*); of evaluate,
     batch_size and bootstrap.
 
@@ -148,12 +148,12 @@ def table(files: Files, against: str | None = None, out: str | None = None) -> i
 
 def _compared(config: str, rest: Sequence[str], own: dict[str, str | None], **what: Any) -> int:
     from trinityx_jax.compare import Comparison
-    from trinityx_jax.config import load_config
+    from trinityx_jax.config import out_of
     from trinityx_jax.evaluation.comparison import tables
     from trinityx_jax.variants import file_variants, grid_variants
 
     seeds = None if own["--seeds"] is None else parse_seeds(own["--seeds"])
-    folder = own["--out"] or f"{load_config(config, rest).out}/{'compare' if 'files' in what else 'sweep'}"
+    folder = own["--out"] or f"{out_of(config)}/{'compare' if 'files' in what else 'sweep'}"
     if "files" in what:
         variants = file_variants(config, what["files"], rest, folder, seeds)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -106,13 +107,26 @@ def load_prompts(
     limit: int | None = None,
     skip_bad: bool = False,
     fields: FieldMap | None = None,
+    answered: bool = False,
 ) -> list[Example]:
     """Every prompt, whether the data has answers or not; the examples' responses are empty.
 
-    Arguments and errors are those of ``load_examples``.
+    Other arguments and errors are those of ``load_examples``.
+
+    Args:
+        answered: with the first answer to learn, where a row has one.
     """
     kind = get_format(format_name, fields)
-    return _read(source, split, paper_split(format_name, split), skip_bad, kind.prompt).items[:limit]
+
+    def parse(row: Row, place: str) -> Example:
+        prompt = kind.prompt(row, place)
+        if not answered or (fields is not None and fields.response is None):
+            return prompt
+        with contextlib.suppress(BadRow):  # it has none
+            return dataclasses.replace(prompt, response=next(iter(kind.answers(row, place)), ""))
+        return prompt
+
+    return _read(source, split, paper_split(format_name, split), skip_bad, parse).items[:limit]
 
 
 Read = Callable[[Callable[[Row, str], T]], list[T]]

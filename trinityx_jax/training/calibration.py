@@ -71,18 +71,27 @@ class RoutingReader:
 
 
 def calibrate(
-    reader: RoutingReader, router: Router, rows: Sequence[Encoded], targets: Sequence[Target], kind: str
+    reader: RoutingReader,
+    router: Router,
+    rows: Sequence[Encoded],
+    labels: np.ndarray,
+    kind: str,
+    targets: Sequence[Target] | None = None,
 ) -> Router:
     """The router with the temperatures and biases of least cross-entropy to the targets, a row's tokens sharing its
     weight.
 
     Args:
+        labels: each row's objective [n].
         kind: ``temperature``: one; ``expert``: a temperature and a bias for each expert; ``layer``: for each expert
             in each layer. ``none`` changes nothing but the pool.
+        targets: None: the row's own expert, at every token.
 
     The logits are read again between rounds, since a layer's change a little when those below mix otherwise.
-    The router's ``pool`` is fitted last, to the rows' mean targets.
+    The router's ``pool`` is fitted last, to the rows' objectives whatever the targets.
     """
+    if targets is None:
+        targets = objective_targets(rows, labels, len(router.names))
     found = dataclasses.replace(router, config=dataclasses.replace(router.config, calibration=kind))
     for _ in range(ROUNDS if kind != "none" else 0):
         added = np.asarray(found.bias - router.bias)
@@ -94,7 +103,7 @@ def calibrate(
     for name in ("row", "prompt"):  # a causal model routes a prompt as it does a row's beginning
         ends = [row.prompt_length if name == "prompt" else len(row.ids) for row in rows]
         cut = [own[:end] for own, end in zip(z, ends, strict=True)]
-        pool[f"{name}_sharpness"] = jnp.float32(fit_pool(cut, targets, found, name))
+        pool[f"{name}_sharpness"] = jnp.float32(fit_pool(cut, labels, found, name))
     return dataclasses.replace(found, pool=pool)
 
 
@@ -147,22 +156,21 @@ def _fit_one(
     return (np.full(count, found[0]), np.zeros(count)) if tied else (found[:count], found[count:])
 
 
-def fit_pool(z: Sequence[np.ndarray], targets: Sequence[Target], router: Router, kind: str) -> float:
-    """The sharpness that makes a row's weights its probabilities (``mocae.calibration.pooled``).
+def fit_pool(z: Sequence[np.ndarray], labels: np.ndarray, router: Router, kind: str) -> float:
+    """The sharpness that makes a row's weights the probabilities of its objective (``mocae.calibration.pooled``).
 
     No bias for each expert: it would learn how the calibration rows' kind of prompt leans, which another file of the
     same objective does not. A weak pull towards 1, a row's worth, keeps separable rows from an endless sharpness.
     """
     pi = [numpy_probabilities(own, np.asarray(router.temperature), router.config.top_k) for own in z]
     weights = np.log(np.maximum(row_weights(pi, kind), SMALLEST))
-    q = np.stack([np.broadcast_to(t.q, (len(t.counts), t.q.shape[-1]))[t.counts].mean(axis=0) for t in targets])
-    share = np.asarray([t.weight for t in targets])[:, None]
+    q, share = np.eye(weights.shape[1])[labels], balanced(labels)[:, None]
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
         sharpness = np.exp(x[0])
         p = softmax(sharpness * weights)
-        value = -np.sum(share * q * np.log(p + 1e-20)) + 0.5 * x[0] ** 2 / len(targets)
-        return float(value), np.asarray([sharpness * np.sum((p - q) * share * weights) + x[0] / len(targets)])
+        value = -np.sum(share * q * np.log(p + 1e-20)) + 0.5 * x[0] ** 2 / len(labels)
+        return float(value), np.asarray([sharpness * np.sum((p - q) * share * weights) + x[0] / len(labels)])
 
     bounds = Bounds(np.asarray([np.log(LEAST)]), np.asarray([-np.log(LEAST)]))
     found = minimize(loss, np.zeros(1), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 500})

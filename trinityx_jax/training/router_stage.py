@@ -38,7 +38,7 @@ from trinityx_jax.runs import (
     save_experts,
     save_router,
 )
-from trinityx_jax.training.calibration import RoutingReader, calibrate, objective_targets
+from trinityx_jax.training.calibration import RoutingReader, calibrate
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.optimizer import make_optimizer
@@ -318,5 +318,4 @@ def calibrated_on(
     flat = [e for part in rows.values() for e in part]
     labels = np.repeat(np.arange(len(rows)), [len(part) for part in rows.values()])
     reader = RoutingReader(backbone, experts, config.dtype, config.evaluate.batch_size)
-    targets = objective_targets(flat, labels, len(rows))
-    return calibrate(reader, router, flat, targets, router.config.calibration)
+    return calibrate(reader, router, flat, labels, router.config.calibration)
