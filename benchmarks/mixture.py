@@ -3,7 +3,7 @@
     python benchmarks/mixture.py                                   # D 2048, F 5632, 4 layers, E 3, rank 16, 512 tokens
     python benchmarks/mixture.py --experts 1 3 6 12 --ways shared --parts feed-forward
     python benchmarks/mixture.py --model configs/geometry/llama2-7b --ranks 64 --dtype bfloat16
-    python benchmarks/mixture.py --xlora                           # peft's X-LoRA beside its own base (torch)
+    python benchmarks/mixture.py --xlora                           # peft's X-LoRA over its own base too (torch)
     python benchmarks/mixture.py --topology v5e:1x1 --model configs/geometry/llama2-7b --ranks 64 --dtype bfloat16
 
 Parts: one layer's feed-forward; the forward pass (to the final hidden states); a training step of the router alone
@@ -275,12 +275,16 @@ def _bound(config: BackboneConfig, part: str, tokens: int, feed_forward: float) 
 def _xlora(options: argparse.Namespace, config: BackboneConfig, count: int, rank: int) -> None:
     """peft's X-LoRA over torch's base, both of the same geometry."""
     job = {"config": config.to_hf(), "experts": count, "rank": rank, "tokens": options.tokens, "dtype": options.dtype}
-    children = [Child(__file__, "xlora", {**job, "routed": flag}) for flag in (False, True)]
-    seconds = take_turns([child.turn for child in children], options.rounds)
-    for child in children:
-        child.close()
-    middle, low, high = ratio(seconds[1], seconds[0])
-    print(f"  forward      peft's X-LoRA over its base   {middle:5.2f}x [{low:.2f}, {high:.2f}]")
+    for part in options.parts:
+        if part == "feed-forward":  # its weights are those of a whole pass before
+            continue
+        children = [Child(__file__, "xlora", {**job, "part": part, "routed": flag}) for flag in (False, True)]
+        seconds = take_turns([child.turn for child in children], options.rounds)
+        for child in children:
+            child.close()
+        middle, low, high = ratio(seconds[1], seconds[0])
+        own = sorted(seconds[1])[len(seconds[1]) // 2]
+        print(f"  {part:12} {'peft X-LoRA':16} {own * 1e3:9.1f} ms  {middle:5.2f}x [{low:.2f}, {high:.2f}]", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,14 @@ from typing import Any
 
 
 def xlora(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
-    """A forward pass of the base, or ``routed``: of X-LoRA over so many adapters on gate, up and down."""
+    """A ``part`` of the base's work, or ``routed``: of X-LoRA's over so many adapters on gate, up and down.
+
+    ``forward``; ``train``: of the base its forward pass and the gradient of its inputs, of X-LoRA its classifier's;
+    ``decode``: one more token, which costs X-LoRA a whole forward pass, for peft generates without a cache.
+    """
     import torch
     from peft import LoraConfig, XLoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     dtype = torch.float32 if job["dtype"] == "float32" else torch.bfloat16
@@ -31,10 +35,36 @@ def xlora(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], dict[str, A
             )  # fmt: skip
             model = get_peft_model(model, mixed).to(dtype).eval()
     ids = torch.randint(0, config.vocab_size, (1, job["tokens"]))
+    mask, cache = torch.ones_like(ids), DynamicCache()
+    trained = [p for name, p in model.named_parameters() if "xlora_classifier" in name]
+    for own in model.parameters():
+        own.requires_grad_(False)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask)
+
+    def train() -> None:
+        inputs = model.get_input_embeddings()(ids).requires_grad_(not job["routed"])
+        for own in trained:
+            own.grad = None
+            own.requires_grad_(True)
+        given = {"input_ids": ids} if job["routed"] else {"inputs_embeds": inputs}
+        model(**given, attention_mask=mask).logits.sum().backward()
+        assert all(x.grad is not None for x in trained or [inputs])
+
+    def decode() -> None:
+        with torch.no_grad():
+            model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    if job["part"] == "decode" and not job["routed"]:
+        with torch.no_grad():
+            model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+    parts = {"forward": forward, "train": train, "decode": forward if job["routed"] else decode}
 
     def work() -> dict[str, Any]:
-        with torch.no_grad():
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        parts[job["part"]]()
         return {}
 
     work()

@@ -13,7 +13,7 @@ import pytest
 
 from trinityx_jax import cli, compare
 from trinityx_jax.config import load_config
-from trinityx_jax.evaluation.metrics import log_perplexity_difference, perplexity
+from trinityx_jax.evaluation.metrics import bootstrap, log_perplexity_difference, perplexity
 from trinityx_jax.runs import load_expert, load_router, save_expert
 from trinityx_jax.training import loop
 from trinityx_jax.variants import file_variants
@@ -93,6 +93,10 @@ def test_numbers_are_those_of_the_run_s_own_evaluation(
         # a difference of two numbers near 7.6 in float32
         np.testing.assert_allclose(found["difference"]["mocae-gl-rl"]["base"][name]["value"],
                                    own["difference"]["MoCaE"][name]["value"], atol=1e-5)  # fmt: skip
+    for measure in ("mc1", "mc2"):
+        mine, theirs = (found["systems"][label][measure]["value"] for label in ("honest", "base"))
+        apart = found["choice_difference"]["honest"]["base"][measure]
+        np.testing.assert_allclose([apart["value"], apart["n"]], [mine - theirs, 2], atol=1e-9)
     readings = {"row mean": "held-out rows", "prompt's last token": "prompts only"}
     readings |= {"row": "held-out rows, calibrated", "prompt": "prompts only, calibrated"}
     routing = found["systems"]["mocae-gl-rl"]["routing"]
@@ -127,7 +131,7 @@ def test_what_is_done_is_not_done_again(compared: Any, capsys: Any, monkeypatch:
     table = capsys.readouterr().out
     assert "mocae-gl-rl" in table
     assert "Log perplexity less that of base" in table
-    assert (out / "comparison.md").read_text().count("| oracle |") == 2 + len(NAMES)
+    assert (out / "comparison.md").read_text().count("| oracle |") == 3 + len(NAMES)
 
 
 def test_damaged_answers_are_made_again_and_said(
@@ -171,6 +175,7 @@ def test_a_sweep_over_seeds_averages_them(router_config: Path, tiny_run: Path, t
     assert list(found["systems"]) == labels
     folders = [out / label.replace(" ", "_") / f"seed-{seed}" for label in labels for seed in (0, 1)]
     columns = [np.load(folder / "comparison.npz") for folder in folders]
+    text = (out / "comparison.md").read_text(encoding="utf-8").partition("### Seeds: lowest to highest")[2]
     for place, label in enumerate(labels):
         pair, others = columns[2 * place : 2 * place + 2], columns[2 - 2 * place : 4 - 2 * place]
         assert np.abs(pair[0]["nll"] - pair[1]["nll"]).max() > 1e-3
@@ -181,7 +186,15 @@ def test_a_sweep_over_seeds_averages_them(router_config: Path, tiny_run: Path, t
             tokens = pair[0]["tokens"][:n][rows]
             expected = perplexity(nll, tokens, resamples=100)
             assert flat(system["perplexity"][name]) == pytest.approx(flat(expected.as_dict()))
+            better = [
+                np.mean([seed["nll"][:n][rows] < seed["nll"][n:][rows] for seed in seeds], axis=0)
+                for seeds in (pair, others)
+            ]
+            gap = bootstrap(lambda x: x.mean(axis=1), better[0] - better[1], resamples=100)
+            preferred = found["choice_difference"][label][labels[1 - place]]["preference"][name]
+            assert flat(preferred) == pytest.approx(flat(gap.as_dict()))
             alone = [seed["perplexity"][name] for seed in system["seeds"].values()]
+            assert f"| {min(alone):,.2f} to {max(alone):,.2f} |" in text
             np.testing.assert_allclose(system["perplexity"][name]["value"], np.sqrt(np.prod(alone)), rtol=1e-6)
             gap = log_perplexity_difference(nll, other, tokens, resamples=100)
             assert flat(found["difference"][label][labels[1 - place]][name]) == pytest.approx(flat(gap.as_dict()))

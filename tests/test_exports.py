@@ -155,6 +155,12 @@ def test_a_router_over_adapters_of_peft(tiny_run: Path, tiny_config: Path, tmp_p
     assert not out.exists()
     assert cli.main([*args, "--mocae.attention_deltas", "merge"]) == 0
     assert load_router(out).config.attention_deltas == "merge"
+    settings = tmp_path / "adapters" / "helpful" / "adapter_config.json"
+    as_was = settings.read_text()
+    settings.write_text(as_was.replace('"lora_alpha": 4', '"lora_alpha": 8'))  # the same factors, another expert
+    assert cli.main([*args, "--mocae.attention_deltas", "merge"]) == 2
+    assert "begun with other settings (weights.helpful)" in capsys.readouterr().err
+    settings.write_text(as_was)
     assert cli.main(["generate", str(out), "--prompt", "Hello", "--max-new-tokens", "4", "--show-routing"]) == 0
     export_run(out, tmp_path / "peft", "peft")
     for name in ("helpful", "honest"):

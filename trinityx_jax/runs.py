@@ -166,6 +166,7 @@ def router_digest(path: str | Path) -> str | None:
 
 def _weights_digest(folder: Path) -> str | None:
     files = sorted(file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
+    files += folder.glob("adapter_config.json") if files else []  # an adapter's scale is in it
     found = 0
     for file in files:
         found = zlib.crc32(file.read_bytes(), found)

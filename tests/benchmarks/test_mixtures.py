@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,3 +82,36 @@ def test_a_way_is_its_definition(ways: Any, name: str, top_k: int, inside: bool)
     own = jax.tree.map(lambda x: x[0], (mlp, experts, router))
     expected = np.stack([h[0, i] + reference(*own, u[0, i], top_k, inside) for i in range(N)])
     np.testing.assert_allclose(found[0], expected, rtol=2e-5, atol=2e-5 * np.ptp(expected))
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_every_way_and_part_beside_its_bound(ways: Any, tmp_path: Path) -> None:
+    """On a tiny geometry: that it runs whole, X-LoRA of ``peft`` included; its times say nothing."""
+    pytest.importorskip("peft")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    script = Path(__file__).parents[2] / "benchmarks" / "mixture.py"
+    flags = [
+        "--model",
+        str(tmp_path),
+        "--experts",
+        "1",
+        "3",
+        "--ranks",
+        "2",
+        "--rounds",
+        "2",
+        "--tokens",
+        "8",
+        "--xlora",
+    ]
+    done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("  ")]
+    parts = ("feed-forward", "forward", "train", "decode")
+    expected = [(part, way) for part in parts for way in ways] + [(part, "peft X-LoRA") for part in parts[1:]]
+    found = [(line[2:14].strip(), line[15:31].strip()) for line in lines]
+    assert sorted(found) == sorted(2 * expected)
+    for line, (part, way) in zip(lines, found, strict=True):
+        assert float(line.split("ms")[1].split("x")[0]) > 0
+        if (part, way) == ("feed-forward", "shared"):
+            count = 1 if lines.index(line) < len(lines) // 2 else 3
+            assert f"FLOP bound {1 + count * 2 * (D + F) / (D * F):.3f}x" in line

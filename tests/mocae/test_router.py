@@ -159,6 +159,11 @@ def test_a_wrong_value_is_refused_by_name(changes: dict[str, Any], key: str) -> 
 def test_other_refusals() -> None:
     with pytest.raises(UserError, match=r"mocae\.preset"):
         preset("best")
+    for key, value in {"entropy": "token_literal", "kl": "ema", "gate": "token"}.items():
+        with pytest.raises(UserError, match=rf"mocae\.{key}: has no effect, lambda_{key} is 0 in preset 'xlora'"):
+            preset("xlora", **{key: value})
+        own = preset("xlora", **{key: value, f"lambda_{key}": 0.0})  # switched off by the same hand, as in a sweep
+        assert getattr(own, key) == value
     for key, value in {
         "temperature": 0.7,
         "router_scope": "layer",

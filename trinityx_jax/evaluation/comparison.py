@@ -17,6 +17,7 @@ from rich.table import Table
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import metrics, store
 
+CHOICES = ("mc1", "mc2")
 READINGS = {
     "row mean": "row_pi",
     "row": "pooled_row_pi",
@@ -61,7 +62,7 @@ def comparison(
             if any(not np.array_equal(seed.values[key], first[key]) for seed in own.values()):
                 raise UserError(f"{label}: was measured on other test rows than {next(iter(columns))!r}")
     out: dict[str, Any] = {"objectives": list(names), "against": against}
-    out |= {"systems": {}, "difference": {}, "mean_difference": {}}
+    out |= {"systems": {}, "difference": {}, "mean_difference": {}, "choice_difference": {}}
     for label, own in columns.items():
         seeds = list(own.values())
         out["systems"][label] = {
@@ -73,12 +74,13 @@ def comparison(
             },
             "seeds": {name: _quality([seed], names, None) for name, seed in own.items()},
         }
-        out["difference"][label], out["mean_difference"][label] = {}, {}
+        out["difference"][label], out["mean_difference"][label], out["choice_difference"][label] = {}, {}, {}
         for other, theirs in columns.items():
             if other != label and (shared := [seed for seed in own if seed in theirs]):
                 mine, others = ([part[seed] for seed in shared] for part in (own, theirs))
                 found, mean = _difference(mine, others, names, resamples)
                 out["difference"][label][other], out["mean_difference"][label][other] = found, mean
+                out["choice_difference"][label][other] = _choice_difference(mine, others, names, resamples)
     return out
 
 
@@ -101,7 +103,7 @@ def _quality(seeds: Sequence[Columns], names: Sequence[str], resamples: int | No
         out["preference"][name] = done(_average, wins[rows])
     mean = metrics.averaged(_log_perplexity, groups, np.exp, resamples or 1)
     out["mean_perplexity"] = mean.value if resamples is None else mean.as_dict()
-    for key in ("mc1", "mc2"):
+    for key in CHOICES:
         if key in seeds[0].values:
             out[key] = done(_average, _mean(seeds, key))
     readings = {name: key for name, key in READINGS.items() if key in seeds[0].values}
@@ -143,6 +145,21 @@ def _difference(
     return dict(zip(names, found, strict=True)), mean.as_dict()
 
 
+def _choice_difference(
+    seeds: Sequence[Columns], others: Sequence[Columns], names: Sequence[str], resamples: int
+) -> dict[str, Any]:
+    """The share of right choices less another system's, paired: of preferred answers by objective, of MC1 and MC2."""
+
+    def done(mine: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+        return metrics.bootstrap(_average, mine - other, resamples=resamples).as_dict()
+
+    wins, losses = (np.mean([_wins(own) for own in part], axis=0) for part in (seeds, others))
+    rows = [np.flatnonzero(seeds[0].values["objective"] == index) for index in range(len(names))]
+    keys = [key for key in CHOICES if key in seeds[0].values and key in others[0].values]
+    found = {key: done(_mean(seeds, key), _mean(others, key)) for key in keys}
+    return {"preference": {n: done(wins[own], losses[own]) for n, own in zip(names, rows, strict=True)}, **found}
+
+
 def _mean(seeds: Sequence[Columns], key: str) -> np.ndarray:
     return np.mean([own.values[key] for own in seeds], axis=0)
 
@@ -174,7 +191,7 @@ def overview(results: Mapping[str, Any], intervals: bool) -> Grid:
     names, systems = results["objectives"], results["systems"]
     best = {n: min(own["perplexity"][n]["value"] for own in systems.values()) for n in names}
     least = min(own["mean_perplexity"]["value"] for own in systems.values())
-    choices = [key for key in ("mc1", "mc2") if any(key in own for own in systems.values())]
+    choices = _choices(results)
     titles, rows = _titles(results), []
     for label, own in systems.items():
         ppl, routing = own["perplexity"], own.get("routing", {})
@@ -199,7 +216,7 @@ def overview(results: Mapping[str, Any], intervals: bool) -> Grid:
 def grids(results: Mapping[str, Any]) -> dict[str, Grid]:
     """What stands below the overview, with intervals: (headings, rows) by title."""
     names, systems, titles = results["objectives"], results["systems"], _titles(results)
-    choices = [key for key in ("mc1", "mc2") if any(key in own for own in systems.values())]
+    choices = _choices(results)
     quality = [
         [
             titles[label],
@@ -227,12 +244,54 @@ def grids(results: Mapping[str, Any]) -> dict[str, Grid]:
         for label, by in results["difference"].items()
         if against in by
     ]
+    choosing = [
+        [
+            titles[label],
+            *(_cell(by[against]["preference"][n], True, signed=True) for n in names),
+            *(_cell(by[against].get(key), True, signed=True) for key in choices),
+        ]
+        for label, by in results["choice_difference"].items()
+        if against in by
+    ]
     return {
         QUALITY: (["system", *names, MEAN, *map(str.upper, choices)], quality),
         f"Log perplexity less that of {against}, paired ↓": (["system", *names, MEAN], differences),
         PREFERENCE: (["system", *names], preference),
+        f"Preferred answers, and TruthfulQA's, less those of {against}, paired, points of % ↑": (
+            ["system", *names, *map(str.upper, choices)],
+            choosing,
+        ),
+        "Seeds: lowest to highest": _spread(results),
         "Routing": (["system", "reading", "accuracy, % ↑", "ECE ↓", "Brier ↓"], routing),
     }
+
+
+def _spread(results: Mapping[str, Any]) -> Grid:
+    """What each seed alone gives, of systems with several; nothing where there are none."""
+    names, choices, titles = results["objectives"], _choices(results), _titles(results)
+
+    def cell(values: Sequence[float | None], form: str, factor: float = 1.0) -> str:
+        known = [factor * value for value in values if value is not None]
+        return f"{min(known):{form}} to {max(known):{form}}" if known else "–"
+
+    rows = []
+    for label, own in results["systems"].items():
+        seeds = list(own["seeds"].values())
+        if len(seeds) < 2:
+            continue
+        routed = [seed.get("routing", {}).get("row", {}) for seed in seeds]
+        cells = [cell([seed["perplexity"][n] for seed in seeds], ",.2f") for n in names]
+        cells += [cell([seed["mean_perplexity"] for seed in seeds], ",.2f")]
+        cells += [cell([seed.get(key) for seed in seeds], ".1f", 100) for key in choices]
+        cells += [cell([found.get("accuracy") for found in routed], ".1f", 100)]
+        cells += [cell([found.get(key) for found in routed], ".3f") for key in ("ece15", "brier")]
+        rows.append([titles[label], *cells])
+    headings = ["system", *(f"{n}\nppl ↓" for n in names), "mean\nppl ↓", *(f"{k.upper()}\n% ↑" for k in choices)]
+    return [*headings, "right\n% ↑", "ECE\n↓", "Brier\n↓"], rows
+
+
+def _choices(results: Mapping[str, Any]) -> list[str]:
+    return [key for key in CHOICES if any(key in own for own in results["systems"].values())]
 
 
 def _titles(results: Mapping[str, Any]) -> dict[str, str]:
@@ -247,7 +306,8 @@ def _cell(estimate: Any, percent: bool = False, signed: bool = False, best: bool
         return "–"
     factor = 100 if percent else 1
     large = estimate["value"] >= 10 or (not interval and estimate["value"] >= 1)
-    form = ".1f" if percent else "+.3f" if signed else ".2f" if large else ".3f"
+    form = ".1f" if percent else ".2f" if large else ".3f"
+    form = "+.1f" if percent and signed else "+.3f" if signed else form
     if estimate["value"] >= 1000:
         form = ",.0f"
     value, low, high = (f"{factor * x:{form}}" for x in (estimate["value"], *estimate["interval"]))

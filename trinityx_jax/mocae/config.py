@@ -161,4 +161,8 @@ def preset(name: str, **changes: Any) -> MoCaEConfig:
     for key in ("temperature", "router_scope", "router_bias", "entropy", "kl", "gate", "dropout"):
         if found.routing == "uniform" and key in changes:
             raise UserError(f"mocae.{key}: has no effect where routing is uniform; remove it")
+    for key in ("entropy", "kl", "gate"):
+        weight = f"lambda_{key}"
+        if key in changes and weight not in changes and getattr(found, weight) == 0:
+            raise UserError(f"mocae.{key}: has no effect, {weight} is 0 in preset {name!r}")
     return found
