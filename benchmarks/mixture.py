@@ -83,6 +83,8 @@ def _arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.topology and options.xlora:
         parser.error("--xlora runs, and --topology only compiles: one of the two")
+    if options.xlora and options.parts == ["feed-forward"]:
+        parser.error("--xlora: has no feed-forward of its own to time; name another part")
     if options.xlora and find_spec("peft") is None:
         parser.error("--xlora needs peft: pip install -e '.[torch]'")
     return options

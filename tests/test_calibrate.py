@@ -183,7 +183,9 @@ def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
                     same_metrics(readings[POOLED][state], p, index)
 
 
-def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(run: Path, tmp_path: Path) -> None:
+def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     stage_2 = tx.load_router(run)  # calibrated as its configuration says, when it was trained
     uncalibrated = (run / "router-uncalibrated" / "router.safetensors").read_bytes()
     assert cli.main(["calibrate", str(run), "--fit=layer", "--to", "token"]) == 0
@@ -203,6 +205,10 @@ def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(run: Pa
     asked = results(run)
     assert asked["rows"][UNSEEN] == [0, 0, 2]
     assert UNSEEN_ROWS not in asked["routing"]  # there are no answers
+    assert (run / "calibration" / "reliability-unseen.svg").exists()
+    assert "have no answer" not in caplog.text
+    assert cli.main(["calibrate", str(run), "--fit", "none"]) == 0
+    assert not (run / "calibration" / "reliability-unseen.svg").exists()  # of rows that this call has not
     plain, start = tx.load_router(run), tx.load_router(run / "router-uncalibrated")
     for field in ("kernel", "bias", "gamma", "temperature"):
         np.testing.assert_array_equal(getattr(plain, field), getattr(start, field))
@@ -214,6 +220,34 @@ def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(run: Pa
     described.write_text(described.read_text().replace('"calibration": "temperature"', '"calibration": "expert"'))
     assert cli.main(["calibrate", str(run)]) == 0
     assert (results(run)["fit"], tx.load_router(run).temperature.shape) == ("expert", (3,))
+
+
+def test_answers_that_some_unseen_rows_lack(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prompts alone are measured, which is said; a row that has the answer stands for one that has not."""
+    lines = [
+        {"prompt": "Is it?", "response": "Yes.", "is_safe": False},
+        {"prompt": "Is it?", "response": "No.", "is_safe": True},
+        {"prompt": "Was it?", "response": "It was.", "is_safe": True},
+    ]
+    files = {}
+    for name, own in (("whole", lines), ("part", [*lines, {**lines[0], "prompt": "Will it?"}])):
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("\n".join(map(json.dumps, own)))
+    flags = ["--data.harmless.unseen_format", "beavertails", "--data.harmless.unseen"]
+    for name, counts in (("whole", [0, 2, 0]), ("part", [0, 3, 0])):
+        caplog.clear()
+        assert cli.main(["calibrate", str(run), "--fit", "none", *flags, str(files[name])]) == 0
+        found = results(run)
+        assert found["rows"][UNSEEN] == counts
+        assert (UNSEEN_ROWS in found["routing"]) == (name == "whole")
+        assert ("part.jsonl: 1 of 3 rows have no answer; prompts alone" in caplog.text) == (name == "part")
+    flags = ["--data.honest.unseen", str(files["whole"]), "--data.honest.unseen_format", "instructions"]
+    flags += ["--data.honest.unseen_fields", "{prompt: prompt, response: anwser}"]
+    capsys.readouterr()
+    assert cli.main(["calibrate", str(run), "--fit", "none", *flags]) == 2
+    assert "has no field 'anwser'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

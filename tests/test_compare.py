@@ -354,6 +354,11 @@ def test_an_expert_in_a_folder_is_measured_again_when_it_changes(
         (["compare", "CONFIG", "TRUE"], "system.weights: the weight of 'honest' is true or false, not a number"),
         (["compare", "CONFIG", "STRANGER"], "system.weights: 'kind' is not one of helpful, harmless, honest"),
         (["compare", "CONFIG", "BASE", "--evaluate.bootstrap", "200", "--out", "x"], "--out: this option stands twice"),
+        (
+            ["compare", "CONFIG", "BORN", "MERGED", "--experts.from", "scratch", "--mocae.train_experts", "true"],
+            "experts.from: kind 'merge' is made of experts that are trained already",
+        ),
+        (["compare", "BARE", "MERGED"], "experts.from: name the run that holds the experts; the configuration's own"),
         (["compare", "CONFIG", "SEED"], "seed.yaml: seed: is the same for all variants"),
         (["compare", "CONFIG", "STEPS"], "steps.yaml: train.steps: has no effect on this system"),
         (["compare", "CONFIG", "EVERY"], "every.yaml: checkpoint.every: has no effect on this system"),
@@ -376,6 +381,9 @@ def test_bad_input_is_one_sentence(
     places = {"CONFIG": str(router_config), "BASE": str(BASELINES / "base.yaml")}
     places |= {"MERGE": str(BASELINES / "naive-merge.yaml"), "RECOMMENDED": str(ABLATIONS / "recommended.yaml")}
     for name, text in (
+        ("bare", router_config.read_text().replace(f"out: {tiny_run}\n", f"out: {tmp_path / 'none'}\n")),
+        ("merged", "system: {kind: merge}"),
+        ("born", "train: {steps: 2}"),
         ("seed", "seed: 3"),
         ("steps", "system: {kind: base}\ntrain: {steps: 3}"),
         ("every", "system: {kind: merge}\ncheckpoint: {every: 3}"),

@@ -48,6 +48,7 @@ SHOWN = {
 }
 TOKENS, POOLED = "token", "row"  # readings of a row's routing, beside what a pool makes probabilities of:
 WEIGHTS = {"row": "row mean", "prompt": "last token"}
+LEGEND = {POOLED: "calibrated reading"}
 UNSEEN, UNSEEN_ROWS = "unseen prompts", "unseen rows"
 
 
@@ -163,7 +164,11 @@ def _unseen(config: RunConfig, plain: RunConfig, run: OpenRun, names: Sequence[s
     parts = load_parts(plain).values() if entries else ()
     used = {e.question for part in parts for use in USES for e in getattr(part, use)}
     found = [_not_used(data, used) for _, data in entries]
-    whole, length = all(example.response for own in found for example in own), config.train.seq_len
+    silent, length = [sum(not example.response for example in own) for own in found], config.train.seq_len
+    whole = not any(silent)
+    for (_, data), none, own in zip(entries, silent, found, strict=True):
+        if none and sum(silent) < sum(map(len, found)):
+            log.warning("%s: %d of %d rows have no answer; prompts alone are measured", data.unseen, none, len(own))
     rows: list[Encoded] = []
     labels: list[int] = []
     for (index, data), own in zip(entries, found, strict=True):
@@ -183,10 +188,11 @@ def _unseen(config: RunConfig, plain: RunConfig, run: OpenRun, names: Sequence[s
 
 
 def _not_used(data: DataConfig, used: set[str]) -> list[Example]:
-    """The first ``unseen_limit`` questions that are not among those ``used``."""
+    """Of the first ``unseen_limit`` questions those that are not ``used``, each with an answer where it has one."""
     found: dict[str, Example] = {}
     for example in prompts_of(data, "unseen", answered=True):
-        found.setdefault(example.question, example)
+        if not found.setdefault(example.question, example).response:
+            found[example.question] = example
     first = list(found.values())[: data.unseen_limit]
     kept = [example for example in first if example.question not in used]
     if len(kept) < len(first):
@@ -245,7 +251,9 @@ def _save(run: OpenRun, start: Router, after: Router, results: dict[str, Any]) -
     for name, parts in curves.items():
         by_view = results["routing"]
         bins = {
-            f"{view}: {reading}, {state} calibration": by_view[view]["objective"][reading][state]["reliability"]
+            f"{view}: {LEGEND.get(reading, reading)}, {state} calibration": by_view[view]["objective"][reading][state][
+                "reliability"
+            ]
             for view, reading, state in parts
             if view in by_view
         }

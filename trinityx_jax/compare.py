@@ -56,7 +56,7 @@ class Comparison:
         as ``measurements.npz``.
 
         Args:
-            against: the variant that others' log perplexity is compared with; the first by default.
+            against: the variant that others are compared with, row by row; the first by default.
 
         Raises:
             UserError: a configuration, its rows or its experts are wrong; there is no variant of that name.

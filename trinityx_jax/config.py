@@ -226,12 +226,10 @@ def keys_of(path: str | Path) -> list[str]:
     return list(leaves(_read(Path(path)), "--"))
 
 
-def out_of(path: str | Path) -> str:
-    """A file's ``out``, whatever else it says; raises UserError where it cannot be read or has none."""
+def out_of(path: str | Path) -> str | None:
+    """A file's ``out``, whatever else it says; None where it has none. Raises UserError where it cannot be read."""
     out = _read(Path(path)).get("out")
-    if not isinstance(out, str) or not out:
-        raise UserError(f"{path}: out: this key is needed, the folder of a run")
-    return out
+    return out if isinstance(out, str) and out else None
 
 
 def shadowed(path: str | Path, flags: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import zlib
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,7 @@ from trinityx_jax.mocae import MoCaEConfig, Router
 from trinityx_jax.run_folder import FORMAT, UNCALIBRATED, RunFolder
 
 log = logging.getLogger(__name__)
+SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # of an adapter's settings, what scales it
 
 
 def save_expert(vector: TaskVector, out: Path) -> None:
@@ -166,10 +168,12 @@ def router_digest(path: str | Path) -> str | None:
 
 def _weights_digest(folder: Path) -> str | None:
     files = sorted(file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
-    files += folder.glob("adapter_config.json") if files else []  # an adapter's scale is in it
     found = 0
     for file in files:
         found = zlib.crc32(file.read_bytes(), found)
+    if files and (settings := folder / "adapter_config.json").exists():
+        own = read_json(settings)
+        found = zlib.crc32(json.dumps([own.get(key) for key in SCALE], sort_keys=True).encode(), found)
     return f"{found:08x}" if files else None
 
 

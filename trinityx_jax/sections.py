@@ -59,8 +59,8 @@ class DataConfig(Section):
     """One objective's rows: of a source, or the union of other objectives' (``mix``).
 
     ``split``: of a hub or TFDS data set, by position (``train[:408]``), or the paper's by name (``paper-train``).
-    ``test_format``, ``test_fields``: where the test rows are of another schema. ``unseen``: a file of another kind
-    of prompts, of which nothing is trained on, for ``trinityx calibrate``.
+    ``test_format``, ``test_fields``: where the test rows are of another schema. ``unseen``: rows of another kind,
+    of which nothing is trained on, for ``trinityx calibrate``.
     ``calibration``, ``validation``: shares of the training questions held out, for the router and for early stopping.
     ``resample``: training rows drawn with replacement to this many; the paper's 5,678 TruthfulQA rows follow from no
     public code, this is the nearest to them.

@@ -112,7 +112,7 @@ def _seeded(
     for seed in seeds or (None,):
         own = ["--out", str(folder / f"seed-{seed}"), "--seed", str(seed)] if seeds else ["--out", str(folder)]
         config = load_config(path, [*overrides, *own], "compare", variant)
-        if config.experts.source is None and (Path(run) / "experts").is_dir():  # as train-router takes them
+        if config.experts.source is None and run and (Path(run) / "experts").is_dir():  # as train-router takes them
             config = config.model_copy(update={"experts": config.experts.model_copy(update={"source": run})})
         found.append(config if seed is None else _named_by_seed(config, seed))
     return found
@@ -154,11 +154,10 @@ def check_experts(config: RunConfig) -> None:
     source, kind, names = config.experts.source, config.system.kind, config.experts.names
     if kind == "base" or (source == SCRATCH and kind == "mocae"):
         return
-    if source is None or source == SCRATCH:
-        raise UserError(
-            "experts.from: name the run, or the folders, that all variants take their experts from; the "
-            "configuration's own out holds none"
-        )
+    if source == SCRATCH:
+        raise UserError(f"{config.out}: experts.from: kind {kind!r} is made of experts that are trained already")
+    if source is None:
+        raise UserError("experts.from: name the run that holds the experts; the configuration's own out has none")
     found, alone = source_folders(source), config.system.expert
     if alone is not None and alone not in found:
         one_expert(alone, "system.expert", found)

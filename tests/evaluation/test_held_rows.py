@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
-from trinityx_jax.config import parse_config
+import pytest
+
+from trinityx_jax.config import load_config, parse_config
+from trinityx_jax.errors import UserError
+from trinityx_jax.evaluation import held_rows
 from trinityx_jax.evaluation.held_rows import held_out_pairs, load_held_out
+
+RESULTS = Path(__file__).parents[2] / "configs" / "results"
 
 DATA = {
     "helpful": {"format": "alpaca", "source": "samples/helpful-train.jsonl", "test": "samples/helpful-test.jsonl"},
@@ -26,3 +33,21 @@ def test_a_mix(tiny_tokenizer) -> None:
     texts = [tiny_tokenizer.decode(row.ids) for row in held.chosen]
     assert texts[:3] == texts[3:6]
     assert [text.startswith("Below is an instruction") for text in texts] == [True] * 6 + [False] * honest
+
+
+def test_a_part_without_test_rows_is_learned_alone(tiny_tokenizer) -> None:
+    bare = {key: value for key, value in DATA["honest"].items() if key != "test"}
+    values = {"model": "m", "out": "o", "experts": {"names": ["joint"]}}
+    config = parse_config(values | {"data": DATA | {"honest": bare}}, "test")
+    assert [entry.format for entry, _ in held_out_pairs(config, "joint")] == ["alpaca"]
+    none = {"helpful": {key: value for key, value in DATA["helpful"].items() if key != "test"}, "honest": bare}
+    config = parse_config(values | {"data": DATA | none}, "test")
+    with pytest.raises(UserError, match=r"data\.helpful\.test: no test rows are named"):
+        held_out_pairs(config, "joint")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("mocae*.yaml")), ids=lambda p: p.stem)
+def test_the_results_have_test_rows_of_every_objective(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_rows, "load_pairs", lambda *_: ["a pair"])  # of files that are published elsewhere
+    config = load_config(path, stage="experts" if path.stem in ("mocae-experts", "mocae-joint") else "router")
+    assert all(held_out_pairs(config, name) for name in config.experts.names)

@@ -414,7 +414,9 @@ def test_a_warm_start_routes_as_before_whatever_the_order_and_temperature(
     new = extended(fresh, old)
     np.testing.assert_allclose(every_pi(new, u), every_pi(old, u)[..., order], rtol=2e-5, atol=1e-7)
     assert (new.config, new.names, float(new.temperature)) == (mocae, fresh.names, 2.5)
-    np.testing.assert_array_equal(new.gamma, fresh.gamma)
+    np.testing.assert_allclose(new.gamma, old.gamma[jnp.asarray(order)], rtol=1e-6)
+    other = dataclasses.replace(fresh, config=dataclasses.replace(mocae, gamma_floor=0.1))  # another rule: as it says
+    np.testing.assert_array_equal(extended(other, old).gamma, fresh.gamma)
     jax.tree.map(np.testing.assert_array_equal, new.norm, old.norm)
 
 

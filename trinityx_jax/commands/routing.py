@@ -73,8 +73,8 @@ def compare(
 ) -> int:
     """Train and measure variants of a configuration, one table: CONFIG VARIANT.yaml ... [--key.sub VALUE ...].
 
-    A variant's file holds the keys that differ (see configs/baselines/ and configs/ablations/). What is done is kept:
-    run again, it goes on where it stopped.
+    A variant's file holds the keys that differ (see configs/baselines/ and configs/ablations/). Experts are those of
+    the configuration's out, or of experts.from. What is done is kept: run again, it goes on where it stopped.
 
     Args:
         config: YAML file of stage 2; the variants' files follow it.
@@ -153,7 +153,10 @@ def _compared(config: str, rest: Sequence[str], own: dict[str, str | None], **wh
     from trinityx_jax.variants import file_variants, grid_variants
 
     seeds = None if own["--seeds"] is None else parse_seeds(own["--seeds"])
-    folder = own["--out"] or f"{out_of(config)}/{'compare' if 'files' in what else 'sweep'}"
+    kind, run = "compare" if "files" in what else "sweep", out_of(config)
+    if own["--out"] is None and run is None:
+        raise UserError(f"{config}: out: this key is needed, or --out")
+    folder = own["--out"] or f"{run}/{kind}"
     if "files" in what:
         variants = file_variants(config, what["files"], rest, folder, seeds)
     else:

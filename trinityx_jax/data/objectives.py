@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from trinityx_jax.data.sources import check_by_name, is_file, load_items
 from trinityx_jax.errors import UserError
 
 T = TypeVar("T")
+NO_ANSWER = ("empty field", "without an answer")  # kinds of bad rows that are good prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def load_prompts(
     fields: FieldMap | None = None,
     answered: bool = False,
 ) -> list[Example]:
-    """Every prompt, whether the data has answers or not; the examples' responses are empty.
+    """Every prompt, whether the data has answers or not; the examples' responses are empty, unless ``answered``.
 
     Other arguments and errors are those of ``load_examples``.
 
@@ -122,9 +122,12 @@ def load_prompts(
         prompt = kind.prompt(row, place)
         if not answered or (fields is not None and fields.response is None):
             return prompt
-        with contextlib.suppress(BadRow):  # it has none
+        try:
             return dataclasses.replace(prompt, response=next(iter(kind.answers(row, place)), ""))
-        return prompt
+        except BadRow as error:
+            if error.kind in NO_ANSWER or (error.kind == "missing field" and fields is None):
+                return prompt
+            raise
 
     return _read(source, split, paper_split(format_name, split), skip_bad, parse).items[:limit]
 

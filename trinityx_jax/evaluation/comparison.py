@@ -17,7 +17,7 @@ from rich.table import Table
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import metrics, store
 
-CHOICES = ("mc1", "mc2")
+MULTIPLE_CHOICE = ("mc1", "mc2")
 READINGS = {
     "row mean": "row_pi",
     "row": "pooled_row_pi",
@@ -103,7 +103,7 @@ def _quality(seeds: Sequence[Columns], names: Sequence[str], resamples: int | No
         out["preference"][name] = done(_average, wins[rows])
     mean = metrics.averaged(_log_perplexity, groups, np.exp, resamples or 1)
     out["mean_perplexity"] = mean.value if resamples is None else mean.as_dict()
-    for key in CHOICES:
+    for key in MULTIPLE_CHOICE:
         if key in seeds[0].values:
             out[key] = done(_average, _mean(seeds, key))
     readings = {name: key for name, key in READINGS.items() if key in seeds[0].values}
@@ -150,14 +150,14 @@ def _choice_difference(
 ) -> dict[str, Any]:
     """The share of right choices less another system's, paired: of preferred answers by objective, of MC1 and MC2."""
 
-    def done(mine: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-        return metrics.bootstrap(_average, mine - other, resamples=resamples).as_dict()
+    def done(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+        return metrics.bootstrap(_average, x - y, resamples=resamples).as_dict()
 
-    wins, losses = (np.mean([_wins(own) for own in part], axis=0) for part in (seeds, others))
+    mine, theirs = (np.mean([_wins(own) for own in part], axis=0) for part in (seeds, others))
     rows = [np.flatnonzero(seeds[0].values["objective"] == index) for index in range(len(names))]
-    keys = [key for key in CHOICES if key in seeds[0].values and key in others[0].values]
+    keys = [key for key in MULTIPLE_CHOICE if key in seeds[0].values and key in others[0].values]
     found = {key: done(_mean(seeds, key), _mean(others, key)) for key in keys}
-    return {"preference": {n: done(wins[own], losses[own]) for n, own in zip(names, rows, strict=True)}, **found}
+    return {"preference": {n: done(mine[own], theirs[own]) for n, own in zip(names, rows, strict=True)}, **found}
 
 
 def _mean(seeds: Sequence[Columns], key: str) -> np.ndarray:
@@ -257,7 +257,7 @@ def grids(results: Mapping[str, Any]) -> dict[str, Grid]:
         QUALITY: (["system", *names, MEAN, *map(str.upper, choices)], quality),
         f"Log perplexity less that of {against}, paired ↓": (["system", *names, MEAN], differences),
         PREFERENCE: (["system", *names], preference),
-        f"Preferred answers, and TruthfulQA's, less those of {against}, paired, points of % ↑": (
+        f"Preference and TruthfulQA less those of {against}, paired, percentage points ↑": (
             ["system", *names, *map(str.upper, choices)],
             choosing,
         ),
@@ -291,7 +291,7 @@ def _spread(results: Mapping[str, Any]) -> Grid:
 
 
 def _choices(results: Mapping[str, Any]) -> list[str]:
-    return [key for key in CHOICES if any(key in own for own in results["systems"].values())]
+    return [key for key in MULTIPLE_CHOICE if any(key in own for own in results["systems"].values())]
 
 
 def _titles(results: Mapping[str, Any]) -> dict[str, str]:

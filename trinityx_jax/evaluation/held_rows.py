@@ -81,18 +81,21 @@ def load_held_out(config: RunConfig, names: Sequence[str], backbone: Backbone) -
 
 
 def held_out_pairs(config: RunConfig, name: str, limit: int | None = None) -> list[tuple[DataConfig, list[Pair]]]:
-    """An objective's test pairs, with the entry of ``data`` that they come from: of a mix, every part's.
+    """An objective's test pairs, with the entry of ``data`` that they come from: of a mix, every part's that has some.
 
     Args:
         limit: of each part, in place of its ``test_limit``.
 
     Raises:
-        UserError: no test rows are named, or they cannot be read.
+        UserError: no test rows are named, of a mix by any part, or they cannot be read.
     """
     out = []
-    for part, data in config.parts(name).items():
-        if data.test is None:
-            raise UserError(f"data.{part}.test: no test rows are named, evaluation needs them")
+    parts = config.parts(name)
+    if all(data.test is None for data in parts.values()):
+        raise UserError(f"data.{next(iter(parts))}.test: no test rows are named, evaluation needs them")
+    for data in parts.values():
+        if data.test is None:  # of a mix, of which other parts have some
+            continue
         size = limit or data.test_limit
         kind, fields = data.schema_of("test")
         out.append((data, load_pairs(data.test, kind, data.test_split, size, data.skip_bad, fields)))

@@ -67,7 +67,7 @@ def extended(router: Router, old: Router) -> Router:
     """A fresh router that begins as a trained one, whatever experts it has beside the trained one's.
 
     A new expert's logit begins as the mean of the others': a vector that is added to every expert's column changes
-    nothing, so no other start favours none of them. The trained temperature goes into kernel and bias. Gamma is kept
+    nothing, and every other start would favour some. The trained temperature goes into kernel and bias. Gamma is kept
     where it was learned; where it follows from the experts by the same rule as then, a new one takes its share and the
     others keep their ratios, for they are to mix as they were trained to.
 
@@ -93,7 +93,7 @@ def extended(router: Router, old: Router) -> Router:
     gamma = router.gamma
     if old.config.train_gamma or old.config.gamma_dynamic:
         gamma = columns(old.gamma) / jnp.sum(columns(old.gamma))
-    elif len(old.names) < len(router.names) and _gamma_rule(old.config) == _gamma_rule(router.config):
+    elif _gamma_rule(old.config) == _gamma_rule(router.config):
         known = jnp.asarray([name in old.names for name in router.names])
         left = 1.0 - jnp.sum(gamma, where=~known)
         gamma = jnp.where(known, left * columns(old.gamma) / jnp.sum(old.gamma), gamma)
