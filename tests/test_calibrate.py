@@ -192,21 +192,20 @@ def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(
     other, begun = tx.load_router(run), results(run)
     assert (begun["fit"], begun["to"]) == ("layer", "token")
     assert other.temperature.shape == (2, 3)
-    assert cli.main(["calibrate", str(run)]) == 0
-    again, found = tx.load_router(run), results(run)
-    assert (found["fit"], found["to"]) == ("temperature", "objective")
-    assert again.config == stage_2.config
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), again, stage_2)
     (tmp_path / "asked.jsonl").write_text('{"prompt": "Is it?"}\n{"prompt": "is it"}\n{"prompt": "Was it?"}\n')
     honest = {"unseen": str(tmp_path / "asked.jsonl"), "unseen_format": "instructions"}
     honest |= {"unseen_fields": "{prompt: prompt}"}
     flags = [part for key, value in honest.items() for part in (f"--data.honest.{key}", value)]
-    assert cli.main(["calibrate", str(run), "--fit", "none", *flags]) == 0
-    asked = results(run)
-    assert asked["rows"][UNSEEN] == [0, 0, 2]
-    assert UNSEEN_ROWS not in asked["routing"]  # there are no answers
+    assert cli.main(["calibrate", str(run), *flags]) == 0
+    again, found = tx.load_router(run), results(run)
+    assert (found["fit"], found["to"]) == ("temperature", "objective")
+    assert found["rows"][UNSEEN] == [0, 0, 2]
+    assert found["routing"].pop(UNSEEN)
+    assert UNSEEN_ROWS not in found["routing"]  # there are no answers
     assert (run / "calibration" / "reliability-unseen.svg").exists()
     assert "have no answer" not in caplog.text
+    assert again.config == stage_2.config
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), again, stage_2)
     assert cli.main(["calibrate", str(run), "--fit", "none"]) == 0
     assert not (run / "calibration" / "reliability-unseen.svg").exists()  # of rows that this call has not
     plain, start = tx.load_router(run), tx.load_router(run / "router-uncalibrated")

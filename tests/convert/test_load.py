@@ -355,7 +355,7 @@ def test_a_layer_of_zeros_is_data(folder, tmp_path):
         source.read(name)
 
 
-@pytest.mark.parametrize("kind", ["folder", "converted"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("converted", marks=pytest.mark.slow)])
 def test_straight_onto_the_meshs_shards(tiny_model, converted, kind):
     """On eight devices each holds its own part of every leaf that the table divides, and nothing is different."""
     done = subprocess.run(

@@ -538,6 +538,7 @@ def test_a_single_routed_expert_is_that_expert(backbone: Backbone) -> None:
     np.testing.assert_array_equal(pi, np.ones((2, 7, CONFIG.num_layers, 1), np.float32))
 
 
+@pytest.mark.slow  # layers alone are compared above
 def test_the_model_of_whole_experts_is_the_shared_one(backbone: Backbone, quick_compilation: None) -> None:
     """With experts of unequal sites, and deltas on the attention; from factors, prepared, and in generation."""
     draw = np.random.default_rng(6)

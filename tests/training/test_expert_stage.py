@@ -51,6 +51,7 @@ def test_experts_trained_together_are_the_experts_trained_alone(
         assert far(fresh[name], together[name]) > 1e-2
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best_of_each_expert(
     backbone: Backbone, configure: Any, far: Any, tmp_path: Path
 ) -> None:

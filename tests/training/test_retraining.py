@@ -21,6 +21,7 @@ from trinityx_jax.training.router_stage import router_settings, train_router
 TWO = ("helpful", "honest")
 
 
+@pytest.mark.slow
 def test_an_expert_can_be_trained_anew_and_the_others_stay(
     backbone: Backbone, configure: Any, far: Any, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_gamma_takes_a_reference_and_a_floor(run: Any, tiny_run: Path, tiny_conf
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_dynamic_gamma_follows_the_loss_of_each_expert_over_the_base_s(
     run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path
 ) -> None:
