@@ -175,16 +175,20 @@ def _unseen(config: RunConfig, plain: RunConfig, run: OpenRun, names: Sequence[s
         if whole:
             rows += encode(data.template, own, run.backbone.tokenizer, length, f"{data.unseen}, rows")
         else:
-            prompts = encode_prompts(data.template, own, run.backbone.tokenizer)
-            long = sum(len(ids) > length for ids in prompts)
-            if long:
-                log.warning("%s: %d prompts are cut to %d tokens", data.unseen, long, length)
-            rows += [Encoded(np.asarray(ids[:length], np.int32), len(ids[:length])) for ids in prompts]
+            rows += _cut_prompts(data, own, run.backbone.tokenizer, length)
         labels += [index] * len(own)
     views = {UNSEEN: ([row.prompt_length for row in rows], "prompt")}
     if whole and rows:
         views[UNSEEN_ROWS] = ([len(row.ids) for row in rows], "row")
     return Rows(rows, np.asarray(labels, int), views)
+
+
+def _cut_prompts(data: DataConfig, examples: Sequence[Example], tokenizer: Any, length: int) -> list[Encoded]:
+    prompts = encode_prompts(data.template, examples, tokenizer)
+    long = sum(len(ids) > length for ids in prompts)
+    if long:
+        log.warning("%s: %d prompts are cut to %d tokens", data.unseen, long, length)
+    return [Encoded(np.asarray(ids[:length], np.int32), len(ids[:length])) for ids in prompts]
 
 
 def _not_used(data: DataConfig, used: set[str]) -> list[Example]:

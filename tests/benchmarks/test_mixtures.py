@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -90,21 +91,10 @@ def test_the_benchmark_prints_every_way_and_part_beside_its_bound(ways: Any, tmp
     pytest.importorskip("peft")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
     script = Path(__file__).parents[2] / "benchmarks" / "mixture.py"
-    flags = [
-        "--model",
-        str(tmp_path),
-        "--experts",
-        "1",
-        "3",
-        "--ranks",
-        "2",
-        "--rounds",
-        "2",
-        "--tokens",
-        "8",
-        "--xlora",
-    ]
-    done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, check=True)
+    flags = f"--model '{tmp_path}' --experts 1 3 --ranks 2 --rounds 2 --tokens 8 --xlora"
+    done = subprocess.run(
+        [sys.executable, str(script), *shlex.split(flags)], capture_output=True, text=True, check=True
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("  ")]
     parts = ("feed-forward", "forward", "train", "decode")
     expected = [(part, way) for part in parts for way in ways] + [(part, "peft X-LoRA") for part in parts[1:]]
