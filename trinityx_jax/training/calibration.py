@@ -129,12 +129,7 @@ def fit(
 
 
 def _fit_one(
-    z: np.ndarray,
-    q: np.ndarray,
-    weight: np.ndarray,
-    start: np.ndarray,
-    rows: int,
-    tied: bool = False,
+    z: np.ndarray, q: np.ndarray, weight: np.ndarray, start: np.ndarray, rows: int, tied: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """One sharpness and shift [E] for all layers of z [N,L,E]; ``tied``: one sharpness for all experts, no shift."""
     layers, count = z.shape[1:]

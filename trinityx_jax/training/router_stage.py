@@ -16,11 +16,7 @@ import numpy as np
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.backbone.products import activations, packed
 from trinityx_jax.config import SCRATCH, RunConfig, save_config
-from trinityx_jax.data.batching import (
-    Batch,
-    TrainingBatches,
-    validation_batches,
-)
+from trinityx_jax.data.batching import Batch, TrainingBatches, validation_batches
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import ATTENTION, TaskVector, dynamic_gamma, gamma, init_expert, stack, unstack
@@ -129,9 +125,8 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     run.open(backbone, config.model)
     settings = router_settings(config)
     if config.train.anew and run.changed("router", settings) is not None:
-        shutil.rmtree(
-            run.path / "checkpoints" / "router", ignore_errors=True
-        )  # first: a kill between leaves the old one
+        # the checkpoints first: a kill between leaves the old run as it was
+        shutil.rmtree(run.path / "checkpoints" / "router", ignore_errors=True)
         shutil.rmtree(run.path / UNCALIBRATED, ignore_errors=True)
         run.forget("router")
     run.begin("router", settings)
