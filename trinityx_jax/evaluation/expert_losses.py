@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.interpolate import CubicSpline
+from numpy.polynomial import Polynomial
 
 from trinityx_jax.backbone import Backbone, unembed
 from trinityx_jax.backbone.products import activations, packed
@@ -22,7 +22,9 @@ from trinityx_jax.training.calibration import Target, balanced
 from trinityx_jax.training.loss import CHUNK
 
 log = logging.getLogger(__name__)
-TEMPERATURES = np.geomspace(0.5, 2.0, 13)  # of an expert's logits; the least loss between them is interpolated
+EIGHTHS = range(16, 3, -1)  # of 1 / T
+TEMPERATURES = 8.0 / np.array(EIGHTHS)  # of an expert's logits; the least loss between them is interpolated
+DEGREE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +60,16 @@ class ExpertLosses:
 
 
 def _least(sums: np.ndarray) -> float:
-    """Where sums over the grid are least, by a spline in log T through them."""
+    """The temperature where sums over the grid are least, by a polynomial in log T."""
     x, at = np.log(TEMPERATURES), int(np.argmin(sums))
     if at in (0, len(x) - 1):
         log.warning("an expert's temperature is not between %.2f and %.2f", TEMPERATURES[0], TEMPERATURES[-1])
         return float(TEMPERATURES[at])
-    spline = CubicSpline(x, sums)
-    flat = [root for root in spline.derivative().roots() if x[at - 1] <= root <= x[at + 1]]
-    return float(np.exp(min(flat, key=spline, default=x[at])))
+    curve = Polynomial.fit(x, sums, DEGREE)
+    flat = [
+        root.real for root in curve.deriv().roots() if abs(root.imag) < 1e-9 and x[at - 1] <= root.real <= x[at + 1]
+    ]
+    return float(np.exp(min(flat, key=curve, default=x[at])))
 
 
 def expert_losses(
@@ -73,7 +77,7 @@ def expert_losses(
     tempered: bool = False, on_batch: Callable[[], None] = lambda: None,
 ) -> ExpertLosses:  # fmt: skip
     """Run ``count`` experts of the stacked tree, each alone, over rows with answers."""
-    grid = [1.0, *(TEMPERATURES if tempered else ())]
+    powers = EIGHTHS if tempered else ()
     config, kind, base = backbone.config, activations(dtype), packed(backbone.params)
 
     @jax.jit
@@ -85,14 +89,18 @@ def expert_losses(
 
         def losses(position: tuple[jax.Array, jax.Array]) -> jax.Array:
             h, label = position
-            scaled = unembed(base, config, h[None])[0][None] / jnp.asarray(grid)[:, None]
-            return jax.nn.logsumexp(scaled, axis=-1) - scaled[:, label]
+            logits = unembed(base, config, h)
+            below = logits - jnp.max(logits)
+            eighth = jnp.exp(below / 8)  # whose powers are those of all temperatures, at less than an exponential each
+            sums = [jnp.sum(jnp.exp(below)), *(jnp.sum(eighth**power) for power in powers)]
+            scales = jnp.asarray([8, *powers]) / 8
+            return jnp.log(jnp.stack(sums)) - scales * below[label]
 
         return jax.lax.map(losses, (picked, batch["labels"]), batch_size=CHUNK)
 
     nll: list[Any] = [None] * len(rows)
     positions: list[Any] = [None] * len(rows)
-    sums = np.zeros((len(rows), count, len(grid) - 1))
+    sums = np.zeros((len(rows), count, len(powers)))
     eye = jnp.eye(count)
     for index, batch in evaluation_batches(rows, [0] * len(rows), batch_size, 0):
         used = -(-int(batch.valid.sum()) // CHUNK) * CHUNK  # valid positions come first
