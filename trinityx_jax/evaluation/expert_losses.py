@@ -19,7 +19,7 @@ from trinityx_jax.data.templates import Encoded
 from trinityx_jax.mocae import hidden_states
 from trinityx_jax.mocae.calibration import softmax
 from trinityx_jax.training.calibration import Target, balanced
-from trinityx_jax.training.loss import CHUNK
+from trinityx_jax.training.loss import chunked
 
 log = logging.getLogger(__name__)
 EIGHTHS = range(16, 3, -1)  # of 1 / T
@@ -72,6 +72,15 @@ def _least(sums: np.ndarray) -> float:
     return float(np.exp(min(flat, key=curve, default=x[at])))
 
 
+def _losses(logits: jax.Array, labels: jax.Array, powers: Sequence[int]) -> jax.Array:
+    """NLL [N,1+G] of labels [N] under logits [N,V]: as they are, and times each of ``powers`` over 8."""
+    below = logits - jnp.max(logits, axis=-1, keepdims=True)
+    eighth = jnp.exp(below / 8)  # whose powers are those of all temperatures, at less than an exponential each
+    sums = [jnp.sum(jnp.exp(below), axis=-1), *(jnp.sum(eighth**power, axis=-1) for power in powers)]
+    own = jnp.take_along_axis(below, labels[:, None], axis=-1)
+    return jnp.log(jnp.stack(sums, axis=-1)) - own * jnp.asarray([8, *powers]) / 8
+
+
 def expert_losses(
     backbone: Backbone, experts: Any, dtype: str, batch_size: int, rows: Sequence[Encoded], count: int,
     tempered: bool = False, on_batch: Callable[[], None] = lambda: None,
@@ -87,24 +96,17 @@ def expert_losses(
         )
         picked = hidden.reshape(-1, hidden.shape[-1])[batch["where"]]
 
-        def losses(position: tuple[jax.Array, jax.Array]) -> jax.Array:
-            h, label = position
-            logits = unembed(base, config, h)
-            below = logits - jnp.max(logits)
-            eighth = jnp.exp(below / 8)  # whose powers are those of all temperatures, at less than an exponential each
-            sums = [jnp.sum(jnp.exp(below)), *(jnp.sum(eighth**power) for power in powers)]
-            scales = jnp.asarray([8, *powers]) / 8
-            return jnp.log(jnp.stack(sums)) - scales * below[label]
+        def losses(h: jax.Array, labels: jax.Array) -> jax.Array:
+            return _losses(unembed(base, config, h), labels, powers)
 
-        return jax.lax.map(losses, (picked, batch["labels"]), batch_size=CHUNK)
+        return chunked(losses, picked, batch["labels"], jnp.sum(batch["valid"]))
 
     nll: list[Any] = [None] * len(rows)
     positions: list[Any] = [None] * len(rows)
     sums = np.zeros((len(rows), count, len(powers)))
     eye = jnp.eye(count)
     for index, batch in evaluation_batches(rows, [0] * len(rows), batch_size, 0):
-        used = -(-int(batch.valid.sum()) // CHUNK) * CHUNK  # valid positions come first
-        arrays = batch.arrays() | {key: getattr(batch, key)[:used] for key in ("where", "labels", "valid")}
+        arrays = batch.arrays()
         found = np.stack([np.asarray(run(base, experts, eye[e], arrays)) for e in range(count)])  # [E,N,1+G]
         own, place = np.divmod(arrays["where"], batch.tokens.shape[1])
         for row, i in enumerate(index):

@@ -32,7 +32,7 @@ def supervised_nll(
 def _nll(
     config: BackboneConfig, base: Mapping[str, Any], picked: jax.Array, labels: jax.Array, count: jax.Array
 ) -> jax.Array:
-    return _chunked(lambda h, own: _chunk(config, base, h, own)[:1], picked, labels, count)[0]
+    return chunked(lambda h, own: _chunk(config, base, h, own)[:1], picked, labels, count)[0]
 
 
 def _chunk(config: BackboneConfig, base: Mapping[str, Any], h: jax.Array, labels: jax.Array) -> tuple:
@@ -52,7 +52,7 @@ def _forward(
         slope = jnp.exp(logits - norm[:, None]) - jax.nn.one_hot(own, logits.shape[-1])
         return nll, unembed_transposed(base, config, slope, h.dtype)
 
-    nll, slope = _chunked(both, picked, labels, count)
+    nll, slope = chunked(both, picked, labels, count)
     return nll, (slope,)
 
 
@@ -64,7 +64,7 @@ def _backward(config: BackboneConfig, kept: tuple[jax.Array], g: jax.Array) -> t
 _nll.defvjp(_forward, _backward)
 
 
-def _chunked(function: Any, picked: jax.Array, labels: jax.Array, count: jax.Array) -> Any:
+def chunked(function: Any, picked: jax.Array, labels: jax.Array, count: jax.Array) -> Any:
     """``function`` of picked [N,D] and labels [N] in chunks, of the first ``count`` positions; 0 in later chunks."""
     size = min(CHUNK, labels.shape[0])
     whole = -(-labels.shape[0] // size) * size
