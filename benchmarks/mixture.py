@@ -8,8 +8,8 @@
 
 Parts: one layer's feed-forward; the forward pass (to the final hidden states); a training step of the router alone
 (of the base: forward and the gradient of its inputs, by way of each layer's first norm); a decode step of one
-sequence. Each way is timed in turns with the base; a ratio is the median over rounds, in brackets its range. The FLOP
-bound counts matrix products alone.
+sequence. Each way is timed in turns with the base, which is timed with itself too: that is the noise. A ratio is the
+median over rounds, in brackets its range. The FLOP bound counts matrix products alone.
 Temporary memory is what XLA's compiled program says. Weights are random. Ways are explained in ``mixtures.py``.
 
 With ``--topology`` nothing runs: programs are compiled for that TPU (package libtpu, none needed in the machine), and
@@ -234,19 +234,21 @@ def _table(options: argparse.Namespace, config: BackboneConfig, count: int, rank
         return
     weights = _draw(config, count, rank, options.dtype)
     for part in options.parts:
-        names = dict.fromkeys(("base", *options.ways))
-        units = {n: _unit(part, WAYS[n], weights, options.tokens, activations(options.dtype)) for n in names}
-        times = take_turns([_timed(unit) for unit, _ in units.values()], options.rounds)
-        seconds = dict(zip(units, times, strict=True))
-        for name in units:
-            middle, low, high = ratio(seconds[name], seconds["base"])
-            own = sorted(seconds[name])[len(seconds[name]) // 2]
-            bound = _bound(config, part, options.tokens, WAYS[name].flops(d, f, count, rank))
+        build = functools.partial(_unit, part, tokens=options.tokens, dtype=activations(options.dtype), weights=weights)
+        base = build(WAYS["base"])
+        for name in dict.fromkeys(("base", *options.ways)):  # one beside the base at a time: naive holds E of it
+            way = WAYS[name]
+            unit, temporary = base if name == "base" else build(way)
+            seconds = take_turns([_timed(base[0]), _timed(unit)], options.rounds)
+            middle, low, high = ratio(seconds[1], seconds[0])
+            own = sorted(seconds[1])[len(seconds[1]) // 2]
+            bound = _bound(config, part, options.tokens, way.flops(d, f, count, rank))
             print(
                 f"  {part:12} {name:16} {own * 1e3:9.1f} ms  {middle:5.2f}x [{low:.2f}, {high:.2f}]   "
-                f"FLOP bound {bound:.3f}x   temporary {units[name][1] / 2**20:8.1f} MiB",
+                f"FLOP bound {bound:.3f}x   temporary {temporary / 2**20:8.1f} MiB",
                 flush=True,
             )
+            del unit
     if options.xlora:
         _xlora(options, config, count, rank)
 
