@@ -236,10 +236,11 @@ def _table(options: argparse.Namespace, config: BackboneConfig, count: int, rank
     for part in options.parts:
         build = functools.partial(_unit, part, tokens=options.tokens, dtype=activations(options.dtype), weights=weights)
         base = build(WAYS["base"])
+        turn = _timed(base[0])
         for name in dict.fromkeys(("base", *options.ways)):  # one beside the base at a time: naive holds E of it
             way = WAYS[name]
             unit, temporary = base if name == "base" else build(way)
-            seconds = take_turns([_timed(base[0]), _timed(unit)], options.rounds)
+            seconds = take_turns([turn, _timed(unit)], options.rounds)
             middle, low, high = ratio(seconds[1], seconds[0])
             own = sorted(seconds[1])[len(seconds[1]) // 2]
             bound = _bound(config, part, options.tokens, way.flops(d, f, count, rank))

@@ -54,7 +54,7 @@ def leaves(params):
     return jax.tree_util.tree_flatten_with_path(params)[0]
 
 
-def refused(source, *named, **settings) -> str:
+def assert_refused(source, *named, **settings) -> str:
     """The sentence with which ``source`` is refused; it holds every one of ``named``."""
     with pytest.raises(UserError) as caught:
         load_backbone(source, **settings)
@@ -177,7 +177,7 @@ def test_tied_folder_may_repeat_its_embedding(folder):
     backbone = load_backbone(folder)
     assert "lm_head" not in backbone.params
     rewrite(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1})
-    refused(folder, "lm_head.weight", "tied")
+    assert_refused(folder, "lm_head.weight", "tied")
 
 
 # --- damaged ---
@@ -185,22 +185,22 @@ def test_tied_folder_may_repeat_its_embedding(folder):
 
 def test_missing_tensor(folder):
     rewrite(folder, lambda t: {name: value for name, value in t.items() if name != QUERY})
-    refused(folder, folder, QUERY, "missing")
+    assert_refused(folder, folder, QUERY, "missing")
 
 
 def test_extra_tensor(folder):
     rewrite(folder, lambda t: t | {"model.layers.2.mlp.up_proj.weight": np.ones(3, np.float32)})
-    refused(folder, "model.layers.2.mlp.up_proj.weight", "does not belong")
+    assert_refused(folder, "model.layers.2.mlp.up_proj.weight", "does not belong")
 
 
 def test_shape_mismatch(folder):
     rewrite(folder, lambda t: t | {QUERY: t[QUERY][:-1]})
-    refused(folder, QUERY, "(31, 32)", "(32, 32)")
+    assert_refused(folder, QUERY, "(31, 32)", "(32, 32)")
 
 
 def test_shape_from_config(folder):
     edit(folder / "config.json", intermediate_size=65)
-    refused(folder, ".mlp.", "64", "65")
+    assert_refused(folder, ".mlp.", "64", "65")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, 0.5, -1])
@@ -208,7 +208,7 @@ def test_truncated_safetensors(folder, keep):
     path = folder / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
-    refused(folder, path, "not a whole safetensors file")
+    assert_refused(folder, path, "not a whole safetensors file")
 
 
 def test_dtypes(folder, tiny_model):
@@ -218,31 +218,31 @@ def test_dtypes(folder, tiny_model):
         rewrite(folder, lambda _: {name: value.astype(dtype) for name, value in whole.items()})
 
     store(np.float16)
-    refused(folder, "float16", "bfloat16")
+    assert_refused(folder, "float16", "bfloat16")
     half = load_backbone(folder, "float32").params["norm"]["scale"]
     assert half.dtype == jnp.float32 and (half == load_backbone(tiny_model).params["norm"]["scale"]).all()
     for dtype, named in ((np.int8, "I8"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")):
         store(dtype)
         for wanted in (None, "float32"):
-            refused(folder, folder / "model.safetensors", f"stored as {named}", dtype=wanted)
-    refused(tiny_model, "float8", dtype="float8")
+            assert_refused(folder, folder / "model.safetensors", f"stored as {named}", dtype=wanted)
+    assert_refused(tiny_model, "float8", dtype="float8")
 
 
 def test_shards(folder):
     shard(folder)
     missing = folder / "model-00002-of-00002.safetensors"
     missing.unlink()
-    refused(folder, folder, missing.name, "missing")
+    assert_refused(folder, folder, missing.name, "missing")
     for content in ("{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{", "[]"):
         (folder / "model.safetensors.index.json").write_text(content)
-        refused(folder, "model.safetensors.index.json")
+        assert_refused(folder, "model.safetensors.index.json")
 
 
 def test_pickles_are_not_read_unasked(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, folder, "pytorch_model.bin", "pickle", "convert --weights-only")
+    assert_refused(folder, folder, "pytorch_model.bin", "pickle", "convert --weights-only")
     (folder / "pytorch_model.bin").unlink()
-    refused(folder, folder, "no model.safetensors")
+    assert_refused(folder, folder, "no model.safetensors")
 
 
 @pytest.mark.torch
@@ -269,17 +269,17 @@ def test_pickles_by_the_reader_for_weights(folder, tiny_model, tmp_path):
     for one, other in zip(leaves(whole.params), leaves(load_backbone(tmp_path / "out").params), strict=True):
         assert np.asarray(one[1]).tobytes() == np.asarray(other[1]).tobytes()
 
-    refused(folder, "pickle", "--weights-only")
+    assert_refused(folder, "pickle", "--weights-only")
     for file in [*parts, "pytorch_model.bin.index.json"]:
         (folder / file).unlink()
     torch.save({"model.norm.weight": print}, folder / "pytorch_model.bin")
-    refused(folder, folder / "pytorch_model.bin", "weights_only", weights_only=True)
+    assert_refused(folder, folder / "pytorch_model.bin", "weights_only", weights_only=True)
     torch.save({"model.norm.weight": [1.0]}, folder / "pytorch_model.bin")
-    refused(folder, "'model.norm.weight' is not a tensor", weights_only=True)
+    assert_refused(folder, "'model.norm.weight' is not a tensor", weights_only=True)
     torch.save(tensors["model.norm.weight"], folder / "pytorch_model.bin")
-    refused(folder, "not tensors by name", weights_only=True)
+    assert_refused(folder, "not tensors by name", weights_only=True)
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    refused(folder, folder / "pytorch_model.bin", weights_only=True)
+    assert_refused(folder, folder / "pytorch_model.bin", weights_only=True)
 
 
 def test_one_flipped_byte_in_the_header(folder):
@@ -307,7 +307,7 @@ def test_a_value_that_is_not_finite(folder, tmp_path, value, kind):
         return tensors
 
     rewrite(folder, spoil)
-    refused(folder, folder, QUERY, "not finite", dtype="float32")
+    assert_refused(folder, folder, QUERY, "not finite", dtype="float32")
     with pytest.raises(UserError, match="not finite"):
         convert(folder, tmp_path / "out", "bfloat16")
     assert not (tmp_path / "out").exists()
@@ -324,18 +324,18 @@ def test_shards_that_contradict_their_index(folder):
         ({QUERY: "../elsewhere.safetensors"}, "elsewhere"),
     ):
         path.write_text(json.dumps({"weight_map": index | change}))
-        refused(folder, named)
+        assert_refused(folder, named)
     twice = load_file(folder / other) | {QUERY: load_file(folder / index[QUERY])[QUERY]}
     save_file(twice, folder / other)
     path.write_text(json.dumps({"weight_map": {n: f for n, f in index.items() if n != QUERY}}))
-    refused(folder, QUERY, "nowhere")
+    assert_refused(folder, QUERY, "nowhere")
 
 
 def test_a_wrong_prefix(folder):
     rewrite(folder, lambda t: {f"transformer.{name}": value for name, value in t.items()})
-    refused(folder, "transformer.", "does not belong")
+    assert_refused(folder, "transformer.", "does not belong")
     rewrite(folder, lambda t: {name.removeprefix("transformer.model."): value for name, value in t.items()})
-    refused(folder, "does not belong")
+    assert_refused(folder, "does not belong")
 
 
 def test_a_layer_of_zeros_is_data(folder, tmp_path):
@@ -387,21 +387,21 @@ def test_config(folder):
     path = folder / "config.json"
     for content, named in (("[1]", "JSON object"), ("{", "not JSON"), ("{}", "model_type")):
         path.write_text(content)
-        refused(folder, path, named)
+        assert_refused(folder, path, named)
     path.unlink()
-    refused(folder, path, "no such file")
+    assert_refused(folder, path, "no such file")
 
 
 def test_tokenizer(folder):
     (folder / "tokenizer.json").write_text('{"model": 3}')
-    refused(folder, folder, "tokenizer")
+    assert_refused(folder, folder, "tokenizer")
 
 
 def test_tokenizer_of_a_larger_model(folder):
     edit(folder / "config.json", vocab_size=100)
     names = ("model.embed_tokens.weight", "lm_head.weight")
     rewrite(folder, lambda t: t | {name: t[name][:100] for name in names})
-    refused(folder, "1024 tokens", "only 100")
+    assert_refused(folder, "1024 tokens", "only 100")
 
 
 @pytest.mark.parametrize(
@@ -409,11 +409,11 @@ def test_tokenizer_of_a_larger_model(folder):
 )
 def test_no_such_model(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(source, source)
+    assert_refused(source, source)
 
 
 def test_file_that_is_no_model(tiny_model):
-    refused(tiny_model / "model.safetensors", "model.safetensors", "expected a folder")
+    assert_refused(tiny_model / "model.safetensors", "model.safetensors", "expected a folder")
 
 
 def test_converted_manifest(tmp_path, converted):
@@ -422,16 +422,16 @@ def test_converted_manifest(tmp_path, converted):
     whole = path.read_text()
     for content in ("[]", "{", "{}", '{"format": 2}', '{"format": 99}', '{"format": 2, "dtype": "float32"}'):
         path.write_text(content)
-        refused(folder, path)
+        assert_refused(folder, path)
     for change, named in (({"dtype": "int4"}, "int4"), ({"fingerprint": "0" * 64}, "fingerprint")):
         path.write_text(whole)
         edit(path, **change)
-        refused(folder, named)
+        assert_refused(folder, named)
     path.write_text(whole)
     edit(folder / "config.json", rms_norm_eps=1e-6)
-    refused(folder, "fingerprint")
+    assert_refused(folder, "fingerprint")
     edit(folder / "config.json", hidden_size=16)
-    refused(folder, folder)
+    assert_refused(folder, folder)
 
 
 DAMAGE = """
@@ -566,13 +566,13 @@ def test_an_index_does_not_smuggle_a_pickle_in(folder):
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     (folder / "a.bin").write_bytes(b"\x80\x02")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(index, "a.bin")}))
-    refused(folder, "a.bin", "not the name of a shard")
+    assert_refused(folder, "a.bin", "not the name of a shard")
 
 
 def test_two_sets_of_weights(folder, tiny_model):
     shard(folder)
     shutil.copy(tiny_model / "model.safetensors", folder)
-    refused(folder, "both model.safetensors and an index")
+    assert_refused(folder, "both model.safetensors and an index")
 
 
 def test_parameters_of_another_model(tmp_path, converted, folder):
@@ -582,7 +582,7 @@ def test_parameters_of_another_model(tmp_path, converted, folder):
     mixed = shutil.copytree(converted, tmp_path / "mixed")
     shutil.rmtree(mixed / "params")
     shutil.copytree(tmp_path / "other" / "params", mixed / "params")
-    refused(mixed, "fingerprint")
+    assert_refused(mixed, "fingerprint")
     for attempt in (
         lambda out: convert(mixed, out),
         lambda out: export_merged(open_source(mixed), {}, {}, out),
@@ -621,15 +621,15 @@ def test_only_what_is_ours_is_replaced(tmp_path, converted, tiny_model, monkeypa
 )
 def test_json_that_cannot_be_read(folder, content, named):
     (folder / "config.json").write_text(content)
-    refused(folder, folder / "config.json", named)
+    assert_refused(folder, folder / "config.json", named)
 
 
 def test_small_files_of_the_wrong_kind(folder):
     (folder / "generation_config.json").write_text("[1, 2]")
-    refused(folder, "generation_config.json", "JSON object")
+    assert_refused(folder, "generation_config.json", "JSON object")
     (folder / "generation_config.json").unlink()
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     token = max(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     tokenizer["model"]["vocab"][token] = 5000
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(folder, "the tokenizer has 5001 tokens")
+    assert_refused(folder, "the tokenizer has 5001 tokens")

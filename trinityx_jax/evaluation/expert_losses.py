@@ -22,9 +22,9 @@ from trinityx_jax.training.calibration import Target, balanced
 from trinityx_jax.training.loss import chunked
 
 log = logging.getLogger(__name__)
-EIGHTHS = range(16, 3, -1)  # of 1 / T
+EIGHTHS = tuple(range(16, 3, -1))  # of 1 / T
 TEMPERATURES = 8.0 / np.array(EIGHTHS)  # of an expert's logits; the least loss between them is interpolated
-DEGREE = 8
+DEGREE = 8  # of the polynomial that does it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +73,12 @@ def _least(sums: np.ndarray) -> float:
 
 
 def _losses(logits: jax.Array, labels: jax.Array, powers: Sequence[int]) -> jax.Array:
-    """NLL [N,1+G] of labels [N] under logits [N,V]: as they are, and times each of ``powers`` over 8."""
+    """NLL [N,G] of labels [N] under logits [N,V] times each of ``powers`` over 8."""
     below = logits - jnp.max(logits, axis=-1, keepdims=True)
     eighth = jnp.exp(below / 8)  # whose powers are those of all temperatures, at less than an exponential each
-    sums = [jnp.sum(jnp.exp(below), axis=-1), *(jnp.sum(eighth**power, axis=-1) for power in powers)]
+    sums = jnp.stack([jnp.sum(eighth**power, axis=-1) for power in powers], axis=-1)
     own = jnp.take_along_axis(below, labels[:, None], axis=-1)
-    return jnp.log(jnp.stack(sums, axis=-1)) - own * jnp.asarray([8, *powers]) / 8
+    return jnp.log(sums) - own * jnp.asarray(powers) / 8
 
 
 def expert_losses(
@@ -86,11 +86,12 @@ def expert_losses(
     tempered: bool = False, on_batch: Callable[[], None] = lambda: None,
 ) -> ExpertLosses:  # fmt: skip
     """Run ``count`` experts of the stacked tree, each alone, over rows with answers."""
-    powers = EIGHTHS if tempered else ()
+    powers = EIGHTHS if tempered else (8,)
+    plain = powers.index(8)
     config, kind, base = backbone.config, activations(dtype), packed(backbone.params)
 
     @jax.jit
-    def run(base: Any, experts: Any, weights: jax.Array, batch: Any) -> jax.Array:  # [N,1+G]
+    def run(base: Any, experts: Any, weights: jax.Array, batch: Any) -> jax.Array:  # [N,G]
         hidden, _, _ = hidden_states(
             base, config, batch["tokens"], batch["mask"], experts=experts, weights=weights, dtype=kind
         )
@@ -107,11 +108,11 @@ def expert_losses(
     eye = jnp.eye(count)
     for index, batch in evaluation_batches(rows, [0] * len(rows), batch_size, 0):
         arrays = batch.arrays()
-        found = np.stack([np.asarray(run(base, experts, eye[e], arrays)) for e in range(count)])  # [E,N,1+G]
+        found = np.stack([np.asarray(run(base, experts, eye[e], arrays)) for e in range(count)])  # [E,N,G]
         own, place = np.divmod(arrays["where"], batch.tokens.shape[1])
         for row, i in enumerate(index):
             held = arrays["valid"] & (own == row)
-            nll[i], positions[i] = found[:, held, 0], place[held]
-            sums[i] = found[:, held, 1:].sum(axis=1)
+            nll[i], positions[i] = found[:, held, plain], place[held]
+            sums[i] = found[:, held].sum(axis=1)
         on_batch()
     return ExpertLosses(nll, positions, sums if tempered else None)

@@ -125,7 +125,7 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     run.open(backbone, config.model)
     settings = router_settings(config)
     if config.train.anew and run.changed("router", settings) is not None:
-        # the checkpoints first: a kill between leaves the old run as it was
+        # the checkpoints first: a kill between leaves the old router
         shutil.rmtree(run.path / "checkpoints" / "router", ignore_errors=True)
         shutil.rmtree(run.path / UNCALIBRATED, ignore_errors=True)
         run.forget("router")
