@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from trinityx_jax.backbone import BackboneConfig
+from trinityx_jax.backbone.layers import ACTIVATION_FUNCTIONS
 from trinityx_jax.backbone.model import FeedForward, base_feed_forward
 from trinityx_jax.backbone.products import matmul
 from trinityx_jax.mocae import preset
@@ -76,6 +77,8 @@ def _naive(config: BackboneConfig) -> FeedForward:
 def _mixlora(config: BackboneConfig) -> FeedForward:
     """What MixLoRA shares: gate and up of the base; each expert multiplies with down itself."""
 
+    act = ACTIVATION_FUNCTIONS[config.activation]
+
     def apply(mlp: Any, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         alpha, x = _alpha(layer["router"], u), layer["experts"]
         kernels = {site: mlp[site]["kernel"] for site in x}
@@ -87,7 +90,7 @@ def _mixlora(config: BackboneConfig) -> FeedForward:
             return matmul(low, x[site]["b"][e], narrow)
 
         for e in range(alpha.shape[-1]):
-            m = jax.nn.silu(gate + delta("gate", u, e)) * (up + delta("up", u, e))
+            m = act(gate + delta("gate", u, e)) * (up + delta("up", u, e))
             y = matmul(m, kernels["down"]) + delta("down", m, e)
             h = h + alpha[..., e : e + 1].astype(h.dtype) * y
         return h, None
@@ -101,6 +104,8 @@ def _full_top_2(config: BackboneConfig) -> FeedForward:
     A CPU has no grouped product in XLA: there every expert multiplies every row.
     """
 
+    act = ACTIVATION_FUNCTIONS[config.activation]
+
     def apply(_: Any, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         alpha, w = _alpha(layer["router"], u, 2), layer["weights"]
         count, d = alpha.shape[-1], u.shape[-1]
@@ -113,7 +118,7 @@ def _full_top_2(config: BackboneConfig) -> FeedForward:
         def grouped(x: jax.Array, site: str) -> jax.Array:
             return jax.lax.ragged_dot(x, w[site].astype(x.dtype), sizes)
 
-        y = grouped(jax.nn.silu(grouped(rows, "gate")) * grouped(rows, "up"), "down")
+        y = grouped(act(grouped(rows, "gate")) * grouped(rows, "up"), "down")
         y = y * share.reshape(-1)[order, None].astype(y.dtype)
         mixed = jnp.zeros_like(y, shape=(len(y) // chosen, d)).at[order // chosen].add(y)
         return h + mixed.reshape(h.shape), None

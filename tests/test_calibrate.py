@@ -20,6 +20,7 @@ import trinityx_jax as tx
 from trinityx_jax import cli
 from trinityx_jax.calibrate import POOLED, TOKENS, UNSEEN, UNSEEN_ROWS, WEIGHTS
 from trinityx_jax.config import load_config
+from trinityx_jax.data.sources import digest
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.evaluation.held_rows import EQUAL, PROMPTS, ROWS, load_held_out
 from trinityx_jax.runs import open_run
@@ -291,7 +292,13 @@ def before_of(tree: Any) -> list[Any]:
         (["--data.honest.unseen_limit", "2"], "unseen_limit: this key has no effect without unseen"),
         (["--data.honest.unseen", "nowhere.csv"], "nowhere.csv: no such file"),
         (["--data.other.unseen", "nowhere.csv"], "config-router.yaml has no data.other (helpful, harmless, honest it"),
-        (["--fit"], "--fit"),
+        (
+            ["--data.honest.unseen", "samples/honest-train.csv", "--data.honest.unseen_limit", "9"],
+            "samples/honest-train.csv: the router or an expert learned from every one of its 9 questions",
+        ),
+        (["--data.honest.unseen", ""], "--data.honest.unseen: what follows it is empty"),
+        (["--evaluate.bootstrap", "1000000"], "evaluate.bootstrap"),
+        (["--fit"], "--fit: expected a value after it"),
     ],
 )
 def test_wrong_flags_are_one_sentence_and_change_nothing(
@@ -331,8 +338,8 @@ def test_templates_that_differ_are_made_one(run: Path) -> None:
     ("name", "value", "says"),
     [
         ("kernel", np.nan, "kernel holds a value that is not finite (NaN or infinity)"),
-        ("temperature", 0.0, "a temperature is not positive"),
-        ("gamma", None, "gamma is [2], the router has 3 experts"),
+        ("temperature", 0.0, "a temperature of the router is not a positive number"),
+        ("gamma", None, "the router's gamma is [2], not [3]"),
     ],
 )
 def test_a_router_that_is_none_is_refused(
@@ -350,6 +357,45 @@ def test_a_router_that_is_none_is_refused(
     assert cli.main([command, str(broken), *words.get(command, [])]) == 2
     assert f"router.safetensors: {says}" in capsys.readouterr().err
     assert files(broken) == before
+
+
+def test_a_run_that_is_not_as_it_was_trained_is_refused(
+    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path
+) -> None:
+    """Rows that are divided otherwise could be rows that the router learned from."""
+
+    def refused() -> str:
+        before = files(run)
+        assert cli.main(["calibrate", str(run)]) == 2
+        assert files(run) == before
+        return capsys.readouterr().err.splitlines()[-1]
+
+    path = run / "config-router.yaml"
+    whole = yaml.safe_load(path.read_text())
+    for section, key, value, says in (
+        ("data", "limit", 20, "config-router.yaml: data.honest.limit is not what the router was trained with"),
+        ("data", "calibration", 0.2, "data.honest.calibration is not"),
+        (None, "seed", 5, "config-router.yaml: seed is not"),
+    ):
+        config = json.loads(json.dumps(whole))
+        (config["data"]["honest"] if section else config)[key] = value
+        path.write_text(yaml.safe_dump(config))
+        assert says in refused()
+    path.write_text(yaml.safe_dump(whole))
+    info = json.loads((run / "run.json").read_text())
+    source = tmp_path / "rows.csv"
+    source.write_bytes(Path(tx.__file__).with_name("data").joinpath("samples", "honest-train.csv").read_bytes())
+    for config in (whole, info["settings"]["router"]):
+        config["data"]["honest"]["source"] = str(source)
+    info["settings"]["router"]["files"]["honest"][0] = digest(str(source))
+    (run / "run.json").write_text(json.dumps(info))
+    path.write_text(yaml.safe_dump(whole))
+    assert cli.main(["calibrate", str(run), "--fit", "none"]) == 0
+    source.write_text(source.read_text() + "Who?,Nobody,Nobody,Somebody\n")
+    assert "rows.csv is another file than the router was trained with" in refused()
+    source.unlink()
+    shutil.rmtree(run / "experts" / "honest")
+    assert "the router routes to 'honest'; the run's experts are helpful, harmless" in refused()
 
 
 def test_a_run_without_a_router_is_refused(capsys: pytest.CaptureFixture[str], run: Path) -> None:

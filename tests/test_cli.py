@@ -1,5 +1,6 @@
 """The command line: exit codes, one sentence for bad input, nothing half-written."""
 
+import gc
 import json
 import math
 import os
@@ -100,7 +101,7 @@ def test_the_whole_way(capsys, tiny_run: Path, tmp_path: Path) -> None:
     for other in ("base", "helpful", "harmless"):
         found = results["own_rows"]["honest"][other]["value"]
         assert found == pytest.approx(logs["honest"] - logs[other], abs=1e-6)
-    assert len(json.loads((tmp_path / "evaluation" / "answers.json").read_text())) == 3
+    assert len(json.loads((tmp_path / "evaluation" / "answers.json").read_text())["answers"]) == 3
     fewer = ("--data.honest.test_limit", "2", f"--out={tmp_path / 'fewer'}")
     assert run(capsys, "evaluate", tiny_run, *fewer)[0] == 0
     counts = json.loads((tmp_path / "fewer" / "results.json").read_text())["perplexity"]["base"]
@@ -146,6 +147,12 @@ def test_bad_input_is_one_sentence(capsys, tiny_run: Path, tiny_config: Path, tm
     assert "no expert 'kind'" in refused(capsys, "generate", tiny_run, "--prompt", "x", "--expert", "kind")
     assert "either --prompt or --prompts" in refused(capsys, "generate", tiny_run)
     assert "the prompt is empty" in refused(capsys, "generate", tiny_run, "--prompt", " ")
+    assert "--seed: has no effect without" in refused(capsys, "generate", tiny_run, "--prompt", "x", "--seed", "3")
+    drawn = ("generate", tiny_run, "--prompt", "x", "--temperature", "1", "--seed")
+    assert "seed: must be a whole number from 0" in refused(capsys, *drawn, str(10**30))
+    large = ("--weights", "helpful=1e29,harmless=1e29", "--max-new-tokens", "2")
+    assert "the model's logits are not finite" in refused(capsys, "generate", tiny_run, "--prompt", "x", *large)
+    assert "--out: what follows it is empty" in refused(capsys, "evaluate", tiny_run, "--out", "")
     assert "'a' is not NAME=NUMBER" in refused(capsys, "generate", tiny_run, "--prompt", "x", "--weights", "a")
     assert "holds no expert" in refused(capsys, "vectors", "show", tmp_path)
 
@@ -251,6 +258,34 @@ def test_a_signal_saves_and_resuming_is_exact(
     for name in ("helpful", "harmless", "honest"):
         file = Path("experts") / name / "expert.safetensors"
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_signal_where_python_drops_exceptions_stops_all_the_same(monkeypatch) -> None:
+    """Such as inside a callback of the garbage collector."""
+
+    def _xla_gc_callback(*_) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+
+    def work() -> int:
+        gc.callbacks.append(_xla_gc_callback)
+        try:
+            gc.collect()
+        finally:
+            gc.callbacks.remove(_xla_gc_callback)
+        time.sleep(20)
+        return 0
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.setitem(cli.COMMANDS, "quickstart", work)
+    began = time.monotonic()
+    try:
+        assert cli.main(["quickstart"]) == 75
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
+    assert time.monotonic() - began < 15
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -79,7 +79,7 @@ def test_numbers_are_those_of_the_run_s_own_evaluation(
                 assert mine["n"] == theirs["n"]
                 np.testing.assert_allclose(mine["value"], theirs["value"], rtol=1e-4)
                 np.testing.assert_allclose(mine["interval"], theirs["interval"], rtol=1e-4)
-    texts = json.loads((tmp_path / "answers.json").read_text())
+    texts = json.loads((tmp_path / "answers.json").read_text())["answers"]
     assert [row["objective"] for row in texts] == list(NAMES)
     for mine, theirs in zip(found["answers"], texts, strict=True):
         assert (mine["objective"], mine["prompt"]) == (theirs["objective"], theirs["prompt"])
@@ -349,6 +349,14 @@ def test_an_expert_in_a_folder_is_measured_again_when_it_changes(
             ["compare", "CONFIG", "LATER", "RECOMMENDED"],
             "OUT/recommended holds no router, and no variant named before trains it",
         ),
+        (["compare", "CONFIG", "NOSUCH"], "nosuch: mocae.gamma_reference: there is no expert 'kind'"),
+        (["compare", "CONFIG", "BASE", "--seeds"], "--seeds: expected a value after it"),
+        (["compare", "CONFIG", "BASE", "--evaluate.bootstrap", "200", "stray"], "stray: expected --key.sub VALUE"),
+        (["sweep", "CONFIG", "--over", "system.density=0.5,5e-1"], "names a key or a value twice"),
+        (
+            ["sweep", "CONFIG", "--over", "mocae.gamma_reference=x y,x_y"],
+            "'gamma_reference=x y' would share the folder OUT/gamma_reference=x_y",
+        ),
         (["compare", "CONFIG", "DYNAMIC"], "mocae.gamma_dynamic: train.evaluate_every is needed"),
         (["compare", "CONFIG", "TYPO"], "system.expert: there is no expert 'honset'"),
         (["compare", "CONFIG", "TRUE"], "system.weights: the weight of 'honest' is true or false, not a number"),
@@ -398,6 +406,7 @@ def test_bad_input_is_one_sentence(
         ("stranger", "system: {kind: merge, weights: {kind: 0.5}}"),
         ("later", f"router: {{from: {tmp_path / 'out' / 'recommended'}}}"),
         ("dynamic", "mocae: {gamma_dynamic: true}"),
+        ("nosuch", "mocae: {gamma_reference: kind}"),
     ):
         (tmp_path / f"{name}.yaml").write_text(text)
         places[name.upper()] = str(tmp_path / f"{name}.yaml")
@@ -406,6 +415,21 @@ def test_bad_input_is_one_sentence(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
     assert says.replace("RUN", str(tiny_run)).replace("OUT", str(out)) in line
     assert not out.exists()
+
+
+def test_a_system_that_gives_no_numbers_is_named(
+    router_config: Path, tiny_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "large.yaml").write_text("system: {kind: merge, weights: {honest: 1.0e+25}}")
+    words = ["compare", str(router_config), str(BASELINES / "base.yaml"), str(tmp_path / "large.yaml")]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "large: the loss of 24 of 24 rows is not finite" in capsys.readouterr().err
+    assert (tmp_path / "out" / "base" / "comparison.npz").exists()
+    assert not (tmp_path / "out" / "comparison.json").exists()
+    assert cli.main([*words[:-1], "--out", str(tiny_run)]) == 2
+    assert "is a run, whose folders a variant's could replace" in capsys.readouterr().err
+    assert cli.main([*words[:-1], "--out", words[-1]]) == 2
+    assert "large.yaml: is a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

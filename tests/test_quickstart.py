@@ -40,7 +40,7 @@ def test_it_runs_checks_its_claims_and_repeats_nothing(tiny_model: Path, tmp_pat
                 assert cell["n"] >= 40
                 assert cell["interval"][0] <= cell["value"] <= cell["interval"][1]
     assert {"held-out rows", "one template, matched lengths"} <= set(results["routing"])
-    answers = json.loads((out / "evaluation" / "answers.json").read_text())
+    answers = json.loads((out / "evaluation" / "answers.json").read_text())["answers"]
     assert {a["objective"] for a in answers} == set(results["experts"])
     assert all(set(a["answers"]) == {"base", "helpful", "harmless", "honest", "MoCaE"} for a in answers)
     for name in results["experts"]:
@@ -58,6 +58,18 @@ def test_it_runs_checks_its_claims_and_repeats_nothing(tiny_model: Path, tmp_pat
     assert cli.main(arguments) == code
     assert time.monotonic() - began < 60
     assert files(out) == before
+
+    assert cli.main(["calibrate", str(out), "--fit", "temperature"]) == 0  # another router: results are of the old one
+    capsys.readouterr()
+    kept = {path: content for path, content in files(out).items() if "evaluation" in path.parts}
+    assert cli.main(["report", str(out), "--out", str(tmp_path / "page")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("is of other experts or another router; trinityx evaluate") == 2
+    assert "routing accuracy on held-out rows" not in (tmp_path / "page" / "index.html").read_text()
+    assert cli.main(arguments) in (0, 1)
+    again = {path: content for path, content in files(out).items() if "evaluation" in path.parts}
+    assert {path.name for path in kept if kept[path] != again[path]} >= {"results.json", "answers.json", "MoCaE.npz"}
+    assert "routing accuracy on held-out rows" in (out / "report" / "index.html").read_text()
     assert capsys.readouterr().out.count("done before") == 5
 
     other = cli.main([*arguments[:-1], "3"])

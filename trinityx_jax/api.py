@@ -27,7 +27,8 @@ def init_router(
     """An untrained router over ``experts``, with gamma~ computed from them.
 
     Args:
-        preset: ``recommended`` or ``literal``; ``changes`` override single switches.
+        preset: ``recommended``, ``literal`` or a baseline's (``mocae.config.PRESETS``); ``changes`` override single
+            switches.
 
     Raises:
         UserError: an expert was trained on another base, or a switch is wrong.
@@ -35,7 +36,7 @@ def init_router(
     for name, vector in experts.items():
         check_base(f"expert {name!r}", vector.origin.get("base"), backbone.fingerprint)
     mocae = named_preset(preset, **changes)
-    against = gamma_reference(mocae, experts, backbone.config)
+    against = gamma_reference(mocae, experts, backbone)
     static = gamma(experts, against, mocae.gamma_similarity, mocae.gamma_floor)
     return new_router(backbone.config, list(experts), static, mocae, seed)
 

@@ -30,11 +30,12 @@ from trinityx_jax.mocae.calibration import pooled_rows, probabilities, row_weigh
 from trinityx_jax.mocae.config import CHOICES
 from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import UNCALIBRATED, RunFolder
-from trinityx_jax.runs import OpenRun, load_trained_router, open_run, save_router
+from trinityx_jax.runs import OpenRun, load_trained_router, open_run, routed, save_router
 from trinityx_jax.sections import DataConfig
 from trinityx_jax.training.calibration import RoutingReader, calibrate
-from trinityx_jax.training.rows import USES, load_parts, load_training_rows, prompts_of
-from trinityx_jax.training.seen import warn_of_test
+from trinityx_jax.training.rows import load_training_rows, prompts_of
+from trinityx_jax.training.seen import Seen, warn_of_test
+from trinityx_jax.training.settings import data_settings
 
 log = logging.getLogger(__name__)
 TARGETS = ("objective", "row", "token")
@@ -73,6 +74,9 @@ def calibrate_run(
         UserError: the run has no router or names no test rows; a switch has no such value.
     """
     _check_options(kind, to, overrides)
+    out = Path(path) / "calibration"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file, a folder is to be written there")
     start = _as_trained(RunFolder(path))
     names = start.names
     if kind is None:
@@ -81,15 +85,17 @@ def calibrate_run(
     run = open_run(path)
     held = load_held_out(config, names, run.backbone)
     if config.data != plain.data:
-        warn_of_test(plain, {"test questions": [pair.chosen.question for pair in held.pairs]})
+        warn_of_test({"": [plain]}, {"test questions": [pair.chosen.question for pair in held.pairs]})
     sets = [*held.views(config, run.backbone, names), _unseen(config, plain, run, names)]
-    settings = (run.backbone, stack([run.vectors[name] for name in names]), config.dtype, config.evaluate.batch_size)
+    own_vectors = routed(run.vectors, start)
+    settings = (run.backbone, stack(list(own_vectors.values())), config.dtype, config.evaluate.batch_size)
+    _check_rows(plain, run.folder)
     fitted_on = _calibration_rows(plain, run, names)
     batches = [-(-len(rows) // config.evaluate.batch_size) for rows in (fitted_on.rows, held.chosen)]
     with progress("experts alone", sum(batches)) as bar:
         own = expert_losses(*settings, fitted_on.rows, len(names), tempered=True, on_batch=bar.advance)
         best = expert_losses(*settings, held.chosen, len(names), on_batch=bar.advance).means().argmin(axis=1)
-    temperatures = own.temperatures(fitted_on.labels)
+    temperatures = own.temperatures(fitted_on.labels, names)
     reader = RoutingReader(*settings)
     rows, objectives = fitted_on.rows, fitted_on.labels
     targets = None if to == "objective" else own.targets(temperatures, to == "token", rows, objectives)
@@ -151,6 +157,24 @@ def _as_trained(run: RunFolder) -> Router:
     return start
 
 
+def _check_rows(config: RunConfig, run: RunFolder) -> None:
+    """Raise UserError where rows are others than the router was trained with: it may have learned from any of them."""
+    settings = run.info()["settings"].get("router", {})
+    own = data_settings(config, config.data)
+    now = {"seed": config.seed} | {f"data.{n}.{key}": x for n, entry in own["data"].items() for key, x in entry.items()}
+    then = {f"data.{n}.{key}": x for n, entry in settings.get("data", {}).items() for key, x in entry.items()}
+    then |= {"seed": settings.get("seed", config.seed)}
+    for key, value in now.items():
+        if then.get(key, value) != value:
+            raise UserError(f"{run.path / 'config-router.yaml'}: {key} is not what the router was trained with")
+    begun = settings.get("files", {})
+    for name, digests in own["files"].items():
+        places = (config.data[name].source, config.data[name].test)
+        for place, now, before in zip(places, digests, begun.get(name, digests), strict=True):
+            if now != before:
+                raise UserError(f"data.{name}: {place} is another file than the router was trained with; train it anew")
+
+
 def _calibration_rows(config: RunConfig, run: OpenRun, names: Sequence[str]) -> Rows:
     found = load_training_rows(config, run.backbone, together=True).calibration
     labels = np.repeat(np.arange(len(names)), [len(found[name]) for name in names])
@@ -158,11 +182,10 @@ def _calibration_rows(config: RunConfig, run: OpenRun, names: Sequence[str]) -> 
 
 
 def _unseen(config: RunConfig, plain: RunConfig, run: OpenRun, names: Sequence[str]) -> Rows:
-    """The questions of ``data.NAME.unseen``, each once, in the objective's template, less those that rows of training
-    have; with their answers where every one of them has one."""
+    """The questions of ``data.NAME.unseen``, each once, in the objective's template, less those that the router or an
+    expert learned from; with their answers where every one of them has one."""
     entries = [(i, data) for i, name in enumerate(names) for data in config.parts(name).values() if data.unseen]
-    parts = load_parts(plain).values() if entries else ()
-    used = {e.question for part in parts for use in USES for e in getattr(part, use)}
+    used = Seen().by(plain) if entries else frozenset()
     found = [_not_used(data, used) for _, data in entries]
     silent, length = [sum(not example.response for example in own) for own in found], config.train.seq_len
     whole = not any(silent)
@@ -191,7 +214,7 @@ def _cut_prompts(data: DataConfig, examples: Sequence[Example], tokenizer: Any, 
     return [Encoded(np.asarray(ids[:length], np.int32), len(ids[:length])) for ids in prompts]
 
 
-def _not_used(data: DataConfig, used: set[str]) -> list[Example]:
+def _not_used(data: DataConfig, used: frozenset[str]) -> list[Example]:
     """Of the first ``unseen_limit`` questions those that are not ``used``, each with an answer where it has one."""
     found: dict[str, Example] = {}
     for example in prompts_of(data, "unseen", answered=True):
@@ -199,6 +222,8 @@ def _not_used(data: DataConfig, used: set[str]) -> list[Example]:
             found[example.question] = example
     first = list(found.values())[: data.unseen_limit]
     kept = [example for example in first if example.question not in used]
+    if not kept:
+        raise UserError(f"{data.unseen}: the router or an expert learned from every one of its {len(first)} questions")
     if len(kept) < len(first):
         log.warning("%s: %d prompts stand in training rows too, and are left out", data.unseen, len(first) - len(kept))
     return kept

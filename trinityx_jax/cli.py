@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import tyro
@@ -143,7 +146,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     template: str = "auto",
 ) -> int:
     """Answer prompts with the routed model, one expert, or a weighted combination.
@@ -159,7 +162,7 @@ def generate(
         temperature: 0 is greedy.
         top_k: sample from the k likeliest tokens.
         top_p: sample from the likeliest tokens of this mass.
-        seed: of the sampling.
+        seed: of the sampling; 0 by default.
         template: auto, chat, alpaca, trinityx, or none for the bare prompt.
     """
     from trinityx_jax.generation import Sampling
@@ -168,10 +171,19 @@ def generate(
     texts = _prompts(prompt, prompts)
     sampling = Sampling(temperature, top_k, top_p)
     chosen = _static_weights(expert, weights)
+    if seed is not None and not temperature:
+        raise UserError("--seed: has no effect without a --temperature above 0: greedy decoding draws nothing")
     if show_routing and chosen is not None:
         raise UserError("--show-routing: only the routed model has a routing (drop --expert and --weights)")
     answers = answer_prompts(
-        run, texts, chosen, show_routing, max_new_tokens=max_new_tokens, sampling=sampling, template=template, seed=seed
+        run,
+        texts,
+        chosen,
+        show_routing,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        template=template,
+        seed=seed or 0,
     )
     for text, answer in zip(texts, answers, strict=True):
         if len(texts) > 1:
@@ -250,7 +262,7 @@ def report(run: Run, out: str | None = None) -> int:
     from trinityx_jax.run_folder import RunFolder
 
     folder = RunFolder(run)
-    path = write_report(collect(folder), folder.metrics(), Path(out) if out else folder.path / "report")
+    path = write_report(collect(folder), folder.metrics(), folder.path / "report" if out is None else Path(out))
     print(f"wrote {path}")
     return OK
 
@@ -269,6 +281,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report,
 }
 
+DROPPING = ("_xla_gc_callback", "__del__")  # functions whose exceptions Python prints and forgets
 FAMILIES = ("data", "vectors")  # of commands in two words
 
 
@@ -287,8 +300,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return _usage(name)
     with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that cleanups run
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _interrupt)
     try:
+        for flag, word in itertools.pairwise(words):
+            if not word:
+                raise UserError(f"{flag}: what follows it is empty")
         return _call(name, words[len(name.split()) :])
     except UserError as error:
         print(f"trinityx: {' '.join(str(error).split())}", file=sys.stderr)
@@ -310,6 +327,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("trinityx: No space left on device", file=sys.stderr)
             return BAD_INPUT
         raise
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, so that cleanups run; a moment later where Python would drop what is raised."""
+    while frame is not None:
+        if frame.f_code.co_name in DROPPING:
+            threading.Timer(0.01, signal.raise_signal, (number,)).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _call(name: str, words: list[str]) -> int:

@@ -21,7 +21,8 @@ from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import measurements
 from trinityx_jax.evaluation.answers import first_prompts
-from trinityx_jax.evaluation.comparison import Columns, comparison, markdown
+from trinityx_jax.evaluation.columns import Columns
+from trinityx_jax.evaluation.comparison import comparison, markdown
 from trinityx_jax.evaluation.held_rows import HeldOut, load_held_out
 from trinityx_jax.evaluation.heldout import choices, digest_of, truthful
 from trinityx_jax.evaluation.multiple_choice import CHOICES, Question, measures
@@ -32,13 +33,14 @@ from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled_rows, row_weights
 from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import RunFolder, run_of
-from trinityx_jax.runs import load_experts, load_router, router_digest, with_paths
+from trinityx_jax.runs import load_experts, load_router, one_expert, router_digest, source_folders, with_paths
 from trinityx_jax.sections import TEST_ROWS, SystemConfig
 from trinityx_jax.training.router_stage import check_router, router_done, stage_experts, train_router
 from trinityx_jax.training.seen import warn_of_test
 from trinityx_jax.variants import Variant, check_experts, recipe
 
 log = logging.getLogger(__name__)
+TIMED = {"tokens", "tokens_per_second"}  # keys of a line of ``metrics.jsonl`` that tell its time
 
 
 class Comparison:
@@ -63,6 +65,10 @@ class Comparison:
             Stopped: a signal asked for it; what is trained and measured stays.
         """
         labels = [variant.label for variant in self.variants]
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out}: is a file; the comparison needs a folder")
+        if RunFolder(self.out).info_path.exists():
+            raise UserError(f"{self.out}: is a run, whose folders a variant's could replace; choose another --out")
         if against is not None and against not in labels:
             raise UserError(f"--against: {against!r} is not one of {', '.join(labels)}")
         for config in (config for variant in self.variants for config in variant.configs):
@@ -121,13 +127,9 @@ class Comparison:
     def _check_rows(self) -> None:
         """Reads what all are measured on, before hours of training."""
         tests = {"test questions": [pair.chosen.question for pair in self._held.pairs]}
-        warn_of_test(self._first, tests | {CHOICES: [question.normalised for question in self._asked[0]]})
-        longest = max(map(len, self._prompts[1]), default=0) + self._first.evaluate.max_new_tokens
-        limit = self._backbone(self._first).config.max_position_embeddings
-        if longest > limit:
-            raise UserError(
-                f"evaluate.max_new_tokens: with the longest prompt {longest} tokens, the model has {limit} positions"
-            )
+        tests[CHOICES] = [question.normalised for question in self._asked[0]]
+        warn_of_test({variant.label: variant.configs for variant in self.variants}, tests)
+        _ = self._prompts  # raises where one is too long
 
     def _check(self, config: RunConfig) -> None:
         """What would otherwise raise after hours."""
@@ -148,9 +150,14 @@ class Comparison:
         if config.system.kind != "mocae":
             return
         check_router(config)
+        reference = config.mocae_config().gamma_reference
+        if reference is not None and config.experts.source != SCRATCH:
+            found = source_folders(config.experts.source or config.out)
+            if reference not in found:
+                one_expert(reference, f"{config.out}: mocae.gamma_reference", found)
         run, wanted = RunFolder(config.out), config.mocae_config().calibration
         done = run.done("router") if run.info_path.exists() and router_done(config) else None
-        since = None if done is None else (done["calibration"], done.get("calibrated_to", "objective"))
+        since = None if done is None else (done.get("calibration", wanted), done.get("calibrated_to", "objective"))
         if since not in (None, (wanted, "objective")):
             raise UserError(
                 f"{config.out}: its router was calibrated since (--fit {since[0]} --to {since[1]}), and "
@@ -181,7 +188,10 @@ class Comparison:
         system = functools.cache(lambda: build(config, backbone, vectors, router))
         found = Columns.load(store, key)
         if found is None:
-            found = self._found.get(key) or self._measure(label, config, system())
+            try:
+                found = self._found.get(key) or self._measure(label, config, system())
+            except UserError as error:
+                raise UserError(f"{label}: {error}") from error
             found.save(store, key)
         self._found[key] = found
         texts = self._answered(label, config, system, key) if answers else []
@@ -195,7 +205,10 @@ class Comparison:
         try:
             kept = read_json(store) if store.exists() else {}
             if kept.get("made_of") == made_of:
-                return list(kept["answers"])
+                texts = kept["answers"]
+                if not isinstance(texts, list) or len(texts) != len(prompts) or set(map(type, texts)) - {str}:
+                    raise TypeError
+                return texts
         except (UserError, AttributeError, LookupError, TypeError):
             log.warning("%s: is damaged; what it held is generated again", store)
         with progress(f"{label}, answers", 1) as bar:
@@ -214,7 +227,7 @@ class Comparison:
             assert config.experts.source is not None  # _check
             vectors = load_experts(config.experts.source, backbone.fingerprint, backbone.config)
             wanted = [] if config.system.expert is None else [config.system.expert]
-            return None, with_paths(vectors, wanted, "system.expert", backbone.config)
+            return None, with_paths(vectors, wanted, "system.expert", backbone)
         if not router_done(config):
             print(f"{label}: training {config.out}", flush=True)
             train_router(config, backbone, stage_experts(config, backbone))
@@ -267,7 +280,7 @@ def _training(config: RunConfig) -> dict[str, float]:
     out = {}
     for stage, runs in stages.items():
         own = (line for run in runs for line in RunFolder(run).metrics())
-        lines = [line for line in own if str(line.get("stage")).split("/")[0] == stage]
+        lines = [line for line in own if str(line.get("stage")).split("/")[0] == stage and line.keys() >= TIMED]
         if lines:  # one expert's of several that were trained alone are experts/NAME
             out[f"{stage}_seconds"] = sum(line["tokens"] / max(line["tokens_per_second"], 0.1) for line in lines)
             out[f"{stage}_steps"] = len(lines)

@@ -60,9 +60,9 @@ class RunConfig(Section):
         if not names:
             raise ValueError("experts.names: at least one expert is needed")
         for name in names:
-            if not NAME.fullmatch(name) or name in RESERVED or len(name) > 100:
-                raise ValueError(
-                    f"experts.names: {name!r} cannot be an expert's name (letters, digits, '.', '_', '-'; at most 100)"
+            if not NAME.fullmatch(name) or "." in name or name in RESERVED or len(name) > 100:
+                raise ValueError(  # dots divide the keys of overrides
+                    f"experts.names: {name!r} cannot be an expert's name here (letters, digits, '_', '-'; at most 100)"
                 )
         if len(set(names)) < len(names):
             raise ValueError(f"experts.names: {names} holds a name twice")
@@ -70,6 +70,10 @@ class RunConfig(Section):
             raise ValueError(f"mocae.top_k: {mocae.top_k} of {len(names)} experts cannot be selected")
         if mocae.lambda_balance and mocae.top_k == len(names):
             raise ValueError("mocae.lambda_balance: has no effect where top_k selects all experts")
+        source = self.experts.source
+        if isinstance(source, dict) and set(source) - {*names, mocae.gamma_reference}:
+            other = sorted(set(source) - set(names))[0]
+            raise ValueError(f"experts.from: {other!r} is not one of experts.names ({', '.join(names)})")
         missing = [n for n in names if n not in self.data]
         if missing:
             raise ValueError(f"data: expert {missing[0]!r} has no rows (data.{missing[0]} is not set)")
@@ -297,11 +301,16 @@ def _override(values: dict[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 raise UserError(f"{flag}: {key!r} is a value, not a section")
-        try:
-            node[last] = yaml.load(raw, _Loader)
-        except (yaml.YAMLError, ValueError, RecursionError):  # such as a path that begins like a date
-            node[last] = raw
+        node[last] = plain(raw)
     return values
+
+
+def plain(text: str) -> Any:
+    """What an override's text stands for."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):  # such as a path that begins like a date
+        return text
 
 
 SAID = {  # pydantic's words, where they are not a user's

@@ -14,10 +14,10 @@ from trinityx_jax.convert.cards import Facts
 from trinityx_jax.convert.load import open_source
 from trinityx_jax.convert.source import Source
 from trinityx_jax.errors import UserError
+from trinityx_jax.evaluation.collect import evaluated
 from trinityx_jax.experts import TaskVector, naive_sum
-from trinityx_jax.files import read_json
 from trinityx_jax.run_folder import RunFolder
-from trinityx_jax.runs import check_base, load_experts, load_router
+from trinityx_jax.runs import check_base, load_experts, load_router, routed
 
 COMBINED = "combined"
 FORMATS = ("peft", "merged", "mocae")
@@ -64,10 +64,8 @@ def export_run(
     vectors = load_experts(run, base["fingerprint"], source.config)
     facts, kind = facts_of(folder, source), dtype or base["dtype"]
     if format == "mocae":
-        if folder.done("router") is None:
-            raise UserError(f"{folder.path}: has no router yet (trinityx train-router)")
         router = load_router(run, base["fingerprint"])
-        export.export_mocae(source, vectors, router, out, dtype=kind, facts=facts, name=repo)
+        export.export_mocae(source, routed(vectors, router), router, out, dtype=kind, facts=facts, name=repo)
         lines = [f"wrote {out}"]
     elif format == "merged":
         export.export_merged(source, vectors, weights or {}, out, dtype=kind, facts=facts, name=repo)
@@ -127,10 +125,13 @@ def _data(run: RunFolder, stage: str) -> dict[str, str]:
 
 
 def _metrics(run: RunFolder) -> list[tuple[str, str, str, float, float, float, int]]:
-    path = run.path / "evaluation" / "results.json"
-    if not path.exists():
+    if not (run.path / "evaluation" / "results.json").exists():
         return []
-    results: dict[str, Any] = read_json(path)
+    vectors, router = load_experts(run.path), None
+    if run.done("router") is not None:
+        router = load_router(run.path)
+        vectors = routed(vectors, router)
+    results = evaluated(run, "results", vectors, router)
     out = []
     for key, measure in (("perplexity", "perplexity"), ("preference", "preference accuracy")):
         for system, cells in results.get(key, {}).items():

@@ -17,12 +17,11 @@ from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.convert.source import source_of
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.answers import side_by_side
-from trinityx_jax.evaluation.collect import collect
+from trinityx_jax.evaluation.collect import collect, evaluated
 from trinityx_jax.evaluation.heldout import evaluate
 from trinityx_jax.evaluation.report import write_report
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.exports import facts_of
-from trinityx_jax.files import write_json
 from trinityx_jax.mocae import Router
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import load_experts, load_router, load_uncalibrated
@@ -112,9 +111,17 @@ class Quickstart:
         before = load_uncalibrated(self.run, self.router)
         evaluate(self.router_config, self.backbone, self.vectors, self.router, self.run.path / "evaluation", before)
 
+    def forget_others(self) -> None:
+        """Drop what is recorded of results that are of other experts or another router than are there now."""
+        if self.run.done("quickstart/evaluation") is None:
+            return
+        if not evaluated(self.run, "results", self.vectors, self.router):
+            for name in ("evaluation", "answers", "exports"):
+                self.run.forget(f"quickstart/{name}")
+
     def answer(self) -> None:
-        found = side_by_side(self.router_config, self.backbone, self.vectors, self.router)
-        write_json(self.run.path / "evaluation" / "answers.json", found)
+        out = self.run.path / "evaluation"
+        side_by_side(self.router_config, self.backbone, self.vectors, self.router, out)
 
     def export(self) -> None:
         exports, base = self.run.path / "exports", source_of(self.backbone)
@@ -141,6 +148,7 @@ def quickstart(out: str, model: str | None, steps: int | None) -> tuple[dict[str
     q.open()
     q.stage("experts", q.train_experts)
     q.stage("router", q.train_router)
+    q.forget_others()
     q.stage("evaluation", q.evaluate)
     q.stage("answers", q.answer)
     q.stage("exports", q.export)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from trinityx_jax.backbone import Backbone
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import read_json, write_json
 
+log = logging.getLogger(__name__)
 FORMAT = 1  # of run.json, expert.json and router.json
 UNCALIBRATED = "router-uncalibrated"  # the router as training left it
 _PACKAGES = ("trinityx_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -48,6 +50,9 @@ class RunFolder:
         for name in ("settings", "stages"):
             if not isinstance(info.get(name), dict) or not all(isinstance(part, dict) for part in info[name].values()):
                 raise UserError(f"{self.info_path}: {name} is missing, or no object of objects")
+        names = info["stages"].get("experts", {}).get("names", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{self.info_path}: stages.experts.names is no list of names")
         for name in ("model", "dtype", "fingerprint"):
             if not isinstance(base, dict) or not isinstance(base.get(name), str):
                 raise UserError(f"{self.info_path}: base.{name} is missing, or no text")
@@ -57,19 +62,22 @@ class RunFolder:
         """Start the run on a base model loaded from ``model``, or go on with it.
 
         Raises:
-            UserError: the folder holds a run on another base model.
+            UserError: the folder holds a run on another base model, or in another dtype.
         """
+        dtype = str(jax.tree.leaves(backbone.params)[0].dtype)
         if self.info_path.exists():
-            found, fingerprint = self.info()["base"]["fingerprint"], backbone.fingerprint
-            if found != fingerprint:
+            base, fingerprint = self.info()["base"], backbone.fingerprint
+            if (found := base["fingerprint"]) != fingerprint:
                 raise UserError(
                     f"{self.path}: holds a run on another base model ({found[:12]}, this one is {fingerprint[:12]})"
                 )
+            if base["dtype"] != dtype:
+                raise UserError(f"{self.path}: holds a run in {base['dtype']}; in {dtype} it needs another --out")
             return
         versions = {name: _version(name) for name in _PACKAGES}
         base = {
             "model": str(Path(model).resolve()) if Path(model).exists() else model,
-            "dtype": str(jax.tree.leaves(backbone.params)[0].dtype),
+            "dtype": dtype,
             "fingerprint": backbone.fingerprint,
             "parameters": sum(int(x.size) for x in jax.tree.leaves(backbone.params)),
             "layers": backbone.config.num_layers,
@@ -118,11 +126,27 @@ class RunFolder:
         write_json(self.info_path, info)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every whole line of ``metrics.jsonl``."""
+        """Every whole line of ``metrics.jsonl``, less those that are damaged, which is said."""
         if not self.metrics_path.exists():
             return []
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        lines = self.metrics_path.read_bytes().decode("utf-8", "replace").splitlines()
+        found = [_entry(line) for line in lines if line.strip()]
+        damaged = sum(line is None for line in found[:-1])  # the last may be one that is being written
+        if damaged:
+            log.warning("%s: %d of %d lines are damaged, and are left out", self.metrics_path, damaged, len(found))
+        return [line for line in found if line is not None]
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    """A line of ``metrics.jsonl``; None where it is not a whole one."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    numbers = ("step", "tokens", "tokens_per_second")
+    if not isinstance(found, dict) or any(type(found.get(key, 0)) not in (int, float) for key in numbers):
+        return None
+    return found
 
 
 def _difference(old: Any, new: Any, path: str = "") -> str | None:

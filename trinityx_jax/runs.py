@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,11 +19,13 @@ from trinityx_jax.backbone import Backbone, BackboneConfig
 from trinityx_jax.config import NAME
 from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.convert.peft import is_adapter, load_peft
+from trinityx_jax.convert.source import Source
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import SITES, TaskVector
 from trinityx_jax.experts.lora import check_fits
 from trinityx_jax.files import atomic_dir, read_json, write_json
 from trinityx_jax.mocae import MoCaEConfig, Router
+from trinityx_jax.mocae.router import check_shapes, check_values
 from trinityx_jax.run_folder import FORMAT, UNCALIBRATED, RunFolder
 
 log = logging.getLogger(__name__)
@@ -66,7 +69,7 @@ def load_expert(folder: Path) -> TaskVector:
         if set(leaves) != {"a", "b", "scale"}:
             raise UserError(f"{folder / 'expert.safetensors'}: site {site!r} holds {', '.join(sorted(leaves))}")
         for name, value in leaves.items():
-            if value.dtype != jnp.float32 or value.ndim != (1 if name == "scale" else 3):
+            if value.ndim != (1 if name == "scale" else 3):
                 raise UserError(f"{folder / 'expert.safetensors'}: {site}.{name} is {value.dtype}{list(value.shape)}")
             if not jnp.isfinite(value).all():
                 raise UserError(f"{folder / 'expert.safetensors'}: {site}.{name} holds a value that is not finite")
@@ -178,29 +181,39 @@ def _weights_digest(folder: Path) -> str | None:
 
 
 def with_paths(
-    vectors: Mapping[str, TaskVector], names: Iterable[str], flag: str, config: BackboneConfig | None = None
+    vectors: Mapping[str, TaskVector], names: Iterable[str], flag: str, base: Backbone | Source | None = None
 ) -> dict[str, TaskVector]:
-    """Experts by name, those added that ``names`` gives as a path to one expert or adapter (of a base's depth).
+    """Experts by name, those added that ``names`` gives as a path to one expert or adapter.
+
+    Args:
+        base: what they are to be used on; None does not check.
 
     Raises:
-        UserError: a name is neither, or a path holds several.
+        UserError: a name is neither, a path holds several, or one does not fit the base or was trained on another.
     """
+    fits = () if base is None else (base.fingerprint, base.config)
     out = dict(vectors)
     for name in names:
         if name not in out:
-            (out[name],) = load_experts(one_expert(name, flag, vectors), config=config).values()
+            (out[name],) = load_experts(one_expert(name, flag, vectors), *fits).values()
     return out
 
 
-def gamma_reference(mocae: MoCaEConfig, vectors: Mapping[str, TaskVector], config: BackboneConfig) -> TaskVector | None:
+def gamma_reference(mocae: MoCaEConfig, vectors: Mapping[str, TaskVector], base: Backbone) -> TaskVector | None:
     """What gamma compares experts with: one of ``vectors`` or an expert's folder; None is their mean."""
     name = mocae.gamma_reference
-    return None if name is None else with_paths(vectors, [name], "mocae.gamma_reference", config)[name]
+    return None if name is None else with_paths(vectors, [name], "mocae.gamma_reference", base)[name]
 
 
 def save_router(router: Router, out: Path, base: str) -> None:
-    """A router as ``router.safetensors`` and ``router.json``."""
+    """A router as ``router.safetensors`` and ``router.json``.
+
+    Raises:
+        UserError: it holds a value that no router can work with, or it cannot be written.
+    """
     from safetensors.numpy import save_file
+
+    check_values(router)
 
     arrays = {k: np.asarray(getattr(router, k)) for k in ("kernel", "bias", "gamma", "temperature")}
     for part in ("norm", "pool"):
@@ -234,19 +247,27 @@ def load_router(path: str | Path, fingerprint: str | None = None) -> Router:
     }
     if set(arrays) != {"kernel", "bias", "gamma", "temperature"}:
         raise UserError(f"{file}: holds {', '.join(sorted(arrays))}")
+    mocae, names = _switches(info, path / "router.json")
+    router = Router(**arrays, **parts, config=mocae, names=names)
     try:
-        mocae, names = MoCaEConfig(**info["mocae"]), tuple(info["names"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path / 'router.json'}: not a router's description ({error})") from error
-    if not bool(jnp.all(arrays["temperature"] > 0)):
-        raise UserError(f"{file}: a temperature is not positive")
-    for name in ("kernel", "bias", "gamma"):
-        if arrays[name].shape[-1:] != (len(names),):
-            raise UserError(f"{file}: {name} is {list(arrays[name].shape)}, the router has {len(names)} experts")
-    if set(parts["pool"]) - {"row_sharpness", "prompt_sharpness"}:
-        log.warning("%s: its reading of rows is an older version's; calibrate it again", path)
-        parts["pool"] = {}
-    return Router(**arrays, **parts, config=mocae, names=names)
+        check_shapes(router)
+        check_values(router)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return router
+
+
+def _switches(info: Mapping[str, Any], file: Path) -> tuple[MoCaEConfig, tuple[str, ...]]:
+    """A router's switches and the names of its experts, of what ``router.json`` holds."""
+    names = info.get("names")
+    if set(info) != {"format", "base", "names", "mocae"} or not isinstance(info["base"], str):
+        raise UserError(f"{file}: not a router's description (format, base, names and mocae)")
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) < len(names):
+        raise UserError(f"{file}: names is no list of different experts")
+    try:
+        return MoCaEConfig(**info["mocae"]), tuple(names)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{file}: not a router's description ({error})") from error
 
 
 def load_trained_router(path: str | Path, fingerprint: str | None = None) -> Router:
@@ -259,7 +280,7 @@ def load_trained_router(path: str | Path, fingerprint: str | None = None) -> Rou
     if kept.name == UNCALIBRATED:
         return load_router(kept, fingerprint)
     if kept != Path(path) and router.config.calibration != "none":
-        raise UserError(f"{path}: keeps no router as training left it; give {kept}, or train it anew")
+        raise UserError(f"{path}: keeps no router as training left it ({UNCALIBRATED}); train it anew")
     return router
 
 
@@ -274,6 +295,14 @@ def load_uncalibrated(run: RunFolder, router: Router | None) -> Router | None:
     if router is None or router.config.calibration == "none" or not (run.path / UNCALIBRATED).exists():
         return None
     return load_router(run.path / UNCALIBRATED, run.info()["base"]["fingerprint"])
+
+
+def forget_router(run: RunFolder) -> None:
+    """Drop what rests on a run's router, which is to be trained again; ``router/`` stays until there is another."""
+    # the checkpoints first: a kill between leaves the old router
+    for part in ("checkpoints/router", UNCALIBRATED, "calibration"):
+        shutil.rmtree(run.path / part, ignore_errors=True)
+    run.forget("router")
 
 
 def _description(file: Path) -> dict[str, Any]:
@@ -310,10 +339,24 @@ def open_run(path: str | Path, routed: bool = False) -> OpenRun:
     return OpenRun(folder, base["model"], backbone, vectors, router)
 
 
+def routed(vectors: Mapping[str, TaskVector], router: Router) -> dict[str, TaskVector]:
+    """A run's experts as its router mixes them; others that it holds take no part.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for name in router.names:
+        if name not in vectors:
+            raise UserError(f"the router routes to {name!r}; the run's experts are {', '.join(vectors)}")
+    return {name: vectors[name] for name in router.names}
+
+
 def check_base(what: str, found: str | None, wanted: str | None) -> None:
     """Raise where something trained on one base is to be used on another."""
     if wanted is not None and found is not None and found != wanted:
-        raise UserError(f"{what} was trained on another base model ({found[:12]}, this one is {wanted[:12]})")
+        apart = next((i for i, (x, y) in enumerate(zip(found, wanted, strict=False)) if x != y), 0) // 12 * 12
+        own, this = (text[apart : apart + 12] for text in (found, wanted))
+        raise UserError(f"{what} was trained on another base model (fingerprint {own}, this one's is {this})")
 
 
 def _read_arrays(file: Path) -> dict[str, jax.Array]:
@@ -325,7 +368,7 @@ def _read_arrays(file: Path) -> dict[str, jax.Array]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error})") from error
     for name, value in arrays.items():
-        if jnp.asarray(value[:0] if value.ndim else value).dtype != value.dtype:
+        if value.dtype != np.float32:
             raise UserError(f"{file}: {name} is {value.dtype}{list(value.shape)}")
         if not np.isfinite(value).all():
             raise UserError(f"{file}: {name} holds a value that is not finite (NaN or infinity)")

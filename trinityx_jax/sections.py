@@ -22,12 +22,15 @@ class Section(pydantic.BaseModel):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _numbers_are_not_flags(cls, values: Any) -> Any:
-        """YAML's true and false stand for themselves, not for 1 and 0."""
+    def _plain_values(cls, values: Any) -> Any:
+        """YAML's true and false stand for themselves, not for 1 and 0; no text is empty."""
         for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
             key = field.alias or name
-            if isinstance(values.get(key), bool) and field.annotation is not bool:
+            value = values.get(key)
+            if isinstance(value, bool) and field.annotation is not bool:
                 raise ValueError(f"{key}: true and false are no value of this key")
+            if isinstance(value, str) and (not value.strip() or "\0" in value):
+                raise ValueError(f"{key}: an empty text, or one with a null character, is no value of this key")
         return values
 
 
@@ -41,6 +44,15 @@ class ExpertsConfig(Section):
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     sites: list[Literal["gate", "up", "down", "q", "k", "v", "o"]] = Field(default=["gate", "up", "down"], min_length=1)
+
+    @pydantic.field_validator("source")
+    @classmethod
+    def _paths(cls, source: Any) -> Any:
+        if isinstance(source, dict) and (
+            not source or not all(path.strip() and "\0" not in path for path in source.values())
+        ):
+            raise ValueError("expected a path, or one for each name")
+        return source
 
     @pydantic.field_validator("sites")
     @classmethod
@@ -248,7 +260,7 @@ class EvaluateConfig(Section):
     batch_size: int = Field(default=16, ge=1, le=2**20)
     prompts: int = Field(default=1, ge=1)
     max_new_tokens: int = Field(default=48, ge=1)
-    bootstrap: int = Field(default=1000, ge=100)
+    bootstrap: int = Field(default=1000, ge=100, le=10**5)
     multiple_choice: str | None = None
     multiple_choice_split: str = "test"
     multiple_choice_held_out: bool = False

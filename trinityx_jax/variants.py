@@ -17,7 +17,8 @@ from trinityx_jax.config import NAME, SCRATCH, RunConfig, keys_of, load_config, 
 from trinityx_jax.errors import UserError
 from trinityx_jax.mocae import MoCaEConfig
 from trinityx_jax.runs import one_expert, source_folders
-from trinityx_jax.sections import TEST_ROWS
+from trinityx_jax.sections import TEST_ROWS, UNSEEN
+from trinityx_jax.training.settings import SAME_RESULT
 
 log = logging.getLogger(__name__)
 SEED = "{seed}"  # in experts.from, system.expert and router.from: the variant's seed
@@ -72,12 +73,16 @@ def grid_variants(
     for key in over:
         if f"--{key}" in overrides:
             raise UserError(f"--{key}: is swept over as well")
-    found = []
+    found: list[Variant] = []
+    folders: dict[Path, str] = {}
     for values in itertools.product(*over.values()):
         flags = [part for key, value in zip(over, values, strict=True) for part in (f"--{key}", value)]
         short = [f"{key.rpartition('.')[2]}={value}" for key, value in zip(over, values, strict=True)]
         label = " ".join(short)
         folder = Path(out) / re.sub(r"[^A-Za-z0-9._=-]+", "_", "_".join(short))
+        if folder in folders:
+            raise UserError(f"--over: {label!r} and {folders[folder]!r} would share the folder {folder}")
+        folders[folder] = label
         found.append(Variant(label, _seeded(path, [*overrides, *flags], folder, seeds, None)))
     for flag in (*overrides[::2], *(f"--{key}" for key in over)):
         if all(idle(variant.configs[0], flag) for variant in found):
@@ -137,9 +142,9 @@ def recipe(config: RunConfig) -> dict[str, Any]:
     Only what differs from the defaults, so that a key that is added later leaves what is published as it is.
     """
     dump = functools.partial(BaseModel.model_dump, mode="json", exclude_defaults=True)
-    values = {name: dump(getattr(config, name)) for name in ("train", "system")}
+    values = {"train": dump(config.train, exclude={*SAME_RESULT, "anew"}), "system": dump(config.system)}
     values["experts"] = dump(config.experts, exclude={"source"})
-    values["data"] = {name: dump(data, exclude={"source", "test", "unseen"}) for name, data in config.data.items()}
+    values["data"] = {name: dump(data, exclude={"source", "test", *UNSEEN}) for name, data in config.data.items()}
     if config.system.expert not in config.experts.names:
         values["system"].pop("expert", None)
     if config.system.kind == "mocae":

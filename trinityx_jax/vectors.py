@@ -113,14 +113,11 @@ def merged(
     if fingerprint is not None:
         check_base(f"{src}: the run", fingerprint, source.fingerprint)
     facts = facts_of(folder, source) if fingerprint else Facts(base, source.extras.get("license"))
-    vectors = with_paths(
-        load_experts(src, source.fingerprint, source.config), list(weights or {}), "--weights", source.config
-    )
+    vectors = load_experts(src, source.fingerprint, source.config)
+    vectors = with_paths(vectors, list(weights or {}), "--weights", source)
     names = _folder_names(weights or dict.fromkeys(vectors, 1.0))
     chosen = {short: vectors[name] for name, short in names.items()}
     by_name = {short: (weights or {}).get(name, 1.0) for name, short in names.items()}
-    for name, vector in chosen.items():
-        check_base(f"expert {name!r}", vector.origin.get("base"), source.fingerprint)
     export.export_merged(source, chosen, by_name, Path(out), rule=rule, dtype=dtype, facts=facts)
 
 

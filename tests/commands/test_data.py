@@ -84,7 +84,7 @@ def test_colours_on_a_terminal(capsys, config, monkeypatch) -> None:
     ("words", "says"),
     [
         (["--rows", "few"], "--rows few: expected a number of rows"),
-        (["--rows"], "--rows: an override needs a value"),
+        (["--rows"], "--rows: expected a value after it"),
         (["--objective", "kind"], "--objective kind: the configuration has joint, safe, helpful"),
         (["--data.safe.on_bad_row", "error"], "x.jsonl:21: not JSON"),
         (["--data.safe.on_overlap", "error"], "on_overlap: error"),

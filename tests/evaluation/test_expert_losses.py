@@ -121,7 +121,7 @@ def test_every_token_s_loss_is_that_of_a_plain_forward_pass(
 def test_an_expert_s_temperature_is_the_one_of_least_loss_on_its_own_rows(
     rows: list[Encoded], answer_logits: list[np.ndarray], losses: ExpertLosses
 ) -> None:
-    found = losses.temperatures(LABELS)
+    found = losses.temperatures(LABELS, "abcdef"[: losses.tempered.shape[1]])
     for e in range(3):
 
         def total(temperature: float, e: int = e) -> float:
@@ -138,7 +138,7 @@ def test_an_expert_s_temperature_is_the_one_of_least_loss_on_its_own_rows(
 
 def test_a_temperature_beyond_the_grid_is_its_end() -> None:
     sums = np.stack([np.log(TEMPERATURES), -np.log(TEMPERATURES)])[None]
-    found = ExpertLosses([], [], sums.repeat(2, axis=0)).temperatures(np.array([0, 1]))
+    found = ExpertLosses([], [], sums.repeat(2, axis=0)).temperatures(np.array([0, 1]), ("a", "b"))
     assert found.tolist() == [TEMPERATURES[0], TEMPERATURES[-1]]
 
 

@@ -9,11 +9,24 @@ import numpy as np
 
 from trinityx_jax import cli
 from trinityx_jax.errors import UserError
-from trinityx_jax.evaluation.comparison import Columns, comparison
+from trinityx_jax.evaluation.columns import Columns
+from trinityx_jax.evaluation.comparison import comparison
 from trinityx_jax.evaluation.measurements import joined, save
 
 FACTS = {"rows": "0a", "model": "1b", "objectives": ["kind", "true"], "bootstrap": 50}
 RECIPES = {"a": "00", "b": "01"}
+DAMAGED = ("text", "empty", "other", "cut", "lack", "free", "nothing")
+IMPOSSIBLE: list[dict[str, Any]] = [
+    {"nll": np.ones(23)},
+    {"nll": np.full(24, np.nan)},
+    {"nll": np.array(["a"] * 24)},
+    {"tokens": np.zeros(24, int)},
+    {"tokens": np.ones((24, 1))},
+    {"objective": np.full(12, 2)},
+    {"row_pi": np.ones((11, 2))},
+    {"row_pi": np.ones((12, 3))},
+    {"mc1": np.float64(1)},
+]
 
 
 def columns(seed: int) -> Columns:
@@ -60,10 +73,15 @@ def test_bad_files_are_one_sentence(tmp_path: Path, capsys: Any) -> None:
     save(tmp_path / "lack.npz", one, RECIPES, {"rows": "0a"})
     save(tmp_path / "recipe.npz", {"a": {"1": columns(1)}}, {"a": "0f"}, FACTS)
     save(tmp_path / "repeat.npz", {"a": {"0": columns(1)}}, RECIPES, FACTS)
-    unrouted = Columns({k: v for k, v in columns(1).values.items() if k != "row_pi"}, {})
+    unrouted = Columns({k: v for k, v in columns(1).values.items() if k != "row_pi"}, columns(1).cost)
     save(tmp_path / "unrouted.npz", {"a": {"1": unrouted}}, RECIPES, FACTS)
-    older = Columns(unrouted.values | {"pooled_pi": columns(1).values["row_pi"]}, {})
+    older = Columns(unrouted.values | {"pooled_pi": columns(1).values["row_pi"]}, columns(1).cost)
     save(tmp_path / "older.npz", {"a": {"1": older}}, RECIPES, FACTS)
+    for place, change in enumerate(IMPOSSIBLE):
+        wrong = columns(1)
+        save(tmp_path / f"wrong{place}.npz", {"a": {"1": Columns(wrong.values | change, wrong.cost)}}, RECIPES, FACTS)
+    save(tmp_path / "free.npz", {"a": {"1": Columns(columns(1).values, {})}}, RECIPES, FACTS)
+    save(tmp_path / "nothing.npz", {}, RECIPES, FACTS)
     cases = {
         "none.npz": "none.npz: cannot be read (No such file or directory)",
         "x.npz rows.npz": "rows.npz: was measured with other test rows than",
@@ -76,7 +94,9 @@ def test_bad_files_are_one_sentence(tmp_path: Path, capsys: Any) -> None:
         "x.npz repeat.npz": "repeat.npz: 'a' of seed 0 has other numbers",
         "x.npz --against b": "--against: 'b' is not one of a",
         "": "name the measurements.npz",
-    } | {f"{n}.npz": f"{n}.npz: is not what trinityx compare writes" for n in ("text", "empty", "other", "cut", "lack")}
+    }
+    damaged = [*DAMAGED, *(f"wrong{place}" for place in range(len(IMPOSSIBLE)))]
+    cases |= {f"{name}.npz": f"{name}.npz: is not what trinityx compare writes" for name in damaged}
     for words, says in cases.items():
         own = [str(tmp_path / word) if word.endswith(".npz") else word for word in words.split()]
         assert cli.main(["table", *own, "--out", str(tmp_path / "out")]) == 2, words

@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import yaml
 
 import trinityx_jax as tx
 from trinityx_jax import cli
 from trinityx_jax.config import RunConfig, load_config
+from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.generation.decode import generate_ids
@@ -25,6 +27,7 @@ from trinityx_jax.runs import load_experts, load_router, load_trained_router, op
 from trinityx_jax.training.router_stage import router_done, router_settings, stage_experts, train_router
 
 NAMES = ("helpful", "harmless", "honest")
+KEPT = ("model", "out", "experts", "data", "train", "mocae")
 AS_TRAINED = ("--mocae.calibration", "none")
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -112,6 +115,66 @@ def test_the_experts_learning_rate_is_theirs_alone(run: Any, tiny_run: Path, tin
     for leaf in ("a", "b"):
         step = np.abs(np.asarray(own["honest"].sites["up"][leaf] - run.vectors["honest"].sites["up"][leaf]))
         np.testing.assert_allclose(step.max(), 1e-4, rtol=1e-2)
+
+
+def test_a_router_over_some_of_a_run_s_experts(
+    run: Any, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run holds another, that gamma is measured against; then a router over fewer replaces it."""
+    everyone, two = tmp_path / "all", ("honest", "helpful")
+    for name, vector in {**run.vectors, "joint": run.vectors["helpful"] + run.vectors["honest"]}.items():
+        save_expert(vector, everyone / "experts" / name)
+    fewer = load_config(tiny_config.with_name("router.yaml")).model_dump(mode="json", by_alias=True, exclude={"system"})
+    fewer["experts"] = {"names": list(two), "from": str(everyone / "experts")}
+    fewer["data"] = {name: fewer["data"][name] for name in two}
+    fewer |= {"out": str(tmp_path / "run"), "mocae": {"gamma_reference": "joint"}}
+    path = tmp_path / "fewer.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in fewer.items() if key in KEPT}))
+    config = load_config(path)
+    found = train_router(config, run.backbone, stage_experts(config, run.backbone))
+    assert found.names == two
+    save_expert(run.vectors["harmless"], tmp_path / "run" / "experts" / "harmless")  # which came later
+    for words in (
+        ["evaluate"],
+        ["generate", "--prompt", "Hello", "--show-routing", "--max-new-tokens", "2"],
+        ["export", str(tmp_path / "exported"), "--format", "mocae"],
+        ["report"],
+        ["calibrate"],
+    ):
+        assert cli.main([words[0], str(tmp_path / "run"), *words[1:]]) == 0, capsys.readouterr().err
+    assert "harmless 0" not in capsys.readouterr().out
+    one = config.model_copy(update={"experts": config.experts.model_copy(update={"names": ["honest"]})})
+    one = one.model_copy(update={"train": one.train.model_copy(update={"anew": True})})
+    train_router(one, run.backbone, stage_experts(one, run.backbone))
+    assert list(load_experts(tmp_path / "run")) == ["honest"]
+    assert not (tmp_path / "run" / "calibration").exists()  # which was of the other router
+
+
+def test_what_comes_of_trained_experts_is_of_this_base(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    flags = ("--experts.from", str(tiny_run), "--mocae.train_experts", "true", "--train.steps", "1")
+    adapters = {n: TaskVector(v.sites, {"peft": {"dtype": "float16"}, "note": n}) for n, v in run.vectors.items()}
+    train_router(configure(tiny_config, tmp_path / "run", *flags), run.backbone, adapters)
+    for name, vector in load_experts(tmp_path / "run").items():
+        assert vector.origin == {"base": run.backbone.fingerprint, "note": name}
+
+
+def test_a_stage_that_learns_nothing_or_goes_on_in_another_dtype_is_refused(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    config = configure(tiny_config, tmp_path / "run", "--experts.from", str(tiny_run), "--train.learning_rate", "1e300")
+    with pytest.raises(UserError, match="router: no step had a finite loss"):
+        train_router(config, run.backbone, run.vectors)
+    assert not (tmp_path / "run" / "router").exists()
+    moves = ("--mocae.gamma_dynamic", "true", "--train.evaluate_every", "9")
+    held = [part for name in NAMES for part in (f"--data.{name}.validation", "0.2")]
+    config = configure(tiny_config, tmp_path / "never", "--experts.from", str(tiny_run), *moves, *held)
+    with pytest.raises(UserError, match="evaluate_every: 9 is more than the 3 steps"):
+        train_router(config, run.backbone, run.vectors)
+    half = load_backbone(str(tiny_run.parent / "model"), "bfloat16")
+    with pytest.raises(UserError, match="holds a run in float32; in bfloat16 it needs another --out"):
+        RunFolder(tmp_path / "run").open(half, "model")
 
 
 @pytest.mark.slow

@@ -38,12 +38,14 @@ def own_options(words: Sequence[str], own: dict[str, str | None]) -> tuple[list[
     """The configuration's overrides, and the command's own options, which stand among them.
 
     Raises:
-        UserError: one of its options stands twice.
+        UserError: one of its options stands twice, or a word is no option or has no value.
     """
     rest: list[str] = []
     found = dict(own)
     for flag, *value in (words[i : i + 2] for i in range(0, len(words), 2)):
-        if flag in own and value:
+        if not flag.startswith("--") or not value or value[0].startswith("--"):
+            raise UserError(f"{flag}: expected {'a value after it' if flag.startswith('--') else '--key.sub VALUE'}")
+        if flag in own:
             if found[flag] is not None:
                 raise UserError(f"{flag}: this option stands twice")
             found[flag] = value[0]
@@ -70,13 +72,15 @@ def parse_grid(words: Sequence[str], flag: str = "--over") -> dict[str, list[str
     Raises:
         UserError: there is none, a part is not KEY=VALUE,..., or a key or value stands twice.
     """
+    from trinityx_jax.config import plain
+
     out: dict[str, list[str]] = {}
     for word in words:
         key, _, values = word.partition("=")
         own = [value.strip() for value in values.split(",")]
         if not key or not all(own):
             raise UserError(f"{flag}: {word!r} is not KEY=VALUE,VALUE,...")
-        if key in out or len(set(own)) < len(own):
+        if key in out or len({repr(plain(value)) for value in own}) < len(own):
             raise UserError(f"{flag}: {word!r} names a key or a value twice")
         out[key] = own
     if not out:

@@ -104,7 +104,6 @@ def load_prompts(
     source: str,
     format_name: str,
     split: str = "test",
-    limit: int | None = None,
     skip_bad: bool = False,
     fields: FieldMap | None = None,
     answered: bool = False,
@@ -129,7 +128,7 @@ def load_prompts(
                 return prompt
             raise
 
-    return _read(source, split, paper_split(format_name, split), skip_bad, parse).items[:limit]
+    return _read(source, split, paper_split(format_name, split), skip_bad, parse).items
 
 
 Read = Callable[[Callable[[Row, str], T]], list[T]]

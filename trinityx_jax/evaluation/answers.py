@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig
 from trinityx_jax.data.formats import Example
 from trinityx_jax.data.templates import encode_prompts
+from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.held_rows import held_out_pairs
-from trinityx_jax.evaluation.heldout import BASE, MOCAE, in_order
+from trinityx_jax.evaluation.heldout import BASE, MOCAE, in_order, made_of
 from trinityx_jax.experts import TaskVector
+from trinityx_jax.files import write_json
 from trinityx_jax.generation.answers import answer_routing
 from trinityx_jax.generation.decode import generate_ids
 from trinityx_jax.mocae import Router
@@ -21,7 +24,11 @@ from trinityx_jax.progress import progress
 def first_prompts(
     config: RunConfig, names: Sequence[str], backbone: Backbone
 ) -> tuple[list[tuple[str, Example]], list[list[int]]]:
-    """The first ``evaluate.prompts`` test rows of every objective, with its name, and their prompts' token ids."""
+    """The first ``evaluate.prompts`` test rows of every objective, with its name, and their prompts' token ids.
+
+    Raises:
+        UserError: the model has no room for one of them and ``evaluate.max_new_tokens`` more.
+    """
     chosen = []
     prompts: list[list[int]] = []
     for name in names:
@@ -29,17 +36,22 @@ def first_prompts(
             pairs = whole[: data.test_limit]
             chosen += [(name, p.chosen) for p in pairs]
             prompts += encode_prompts(data.template, [p.chosen for p in pairs], backbone.tokenizer)
+    longest = max(map(len, prompts), default=0) + config.evaluate.max_new_tokens
+    limit = backbone.config.max_position_embeddings
+    if longest > limit:
+        raise UserError(
+            f"evaluate.max_new_tokens: with the longest prompt {longest} tokens, the model has {limit} positions"
+        )
     return chosen, prompts
 
 
 def side_by_side(
-    config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector], router: Router
-) -> list[dict[str, Any]]:
-    """Greedy answers of base, each expert and MoCaE to the first test prompts of every objective.
+    config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector], router: Router, out: Path
+) -> None:
+    """Greedy answers of base, each expert and MoCaE to the first test prompts of every objective: ``answers.json``.
 
-    Returns:
-        per prompt: objective, prompt, the reference, each system's text, the routing of MoCaE's
-        answer as a mean over its tokens, and the routing of each of its tokens.
+    Per prompt it holds objective, prompt, the reference, each system's text, the routing of MoCaE's answer as a mean
+    over its tokens, and the routing of each of its tokens.
     """
     vectors = in_order(config, vectors, router)
     names = list(vectors)
@@ -54,7 +66,7 @@ def side_by_side(
             ids[system] = generate_ids(backbone, prompts, experts=vectors, **variant, **options)
             bar.advance(system)
     routing = answer_routing(backbone, vectors, router, prompts, ids[MOCAE], config.dtype)
-    out = []
+    rows = []
     for index, (name, example) in enumerate(chosen):
         pi = routing[index]
         mean = pi.mean(axis=0).tolist() if len(pi) else [float("nan")] * len(names)
@@ -64,8 +76,8 @@ def side_by_side(
         }
         answers[MOCAE]["routing"] = dict(zip(names, mean, strict=True))
         tokens = [[backbone.tokenizer.decode([t]), p.tolist()] for t, p in zip(ids[MOCAE][index], pi, strict=True)]
-        out.append(
+        rows.append(
             {"objective": name, "prompt": example.prompt, "reference": example.response}
             | {"answers": answers, "tokens": tokens}
         )
-    return out
+    write_json(out / "answers.json", {"made_of": made_of(vectors, router), "answers": rows})

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trinityx_jax.evaluation.heldout import made_of
 from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import read_json
+from trinityx_jax.mocae import Router
 from trinityx_jax.run_folder import RunFolder
-from trinityx_jax.runs import load_experts
+from trinityx_jax.runs import load_experts, load_router, routed
 
+log = logging.getLogger(__name__)
 ROUTING_CLAIM = 0.6
 
 
@@ -20,13 +25,11 @@ def collect(run: RunFolder) -> dict[str, Any]:
     info = run.info()
     stages = info["stages"]
     out: dict[str, Any] = {"title": f"TrinityX: {run.path.name}", "model": _model(info), "commands": _commands(run)}
-    vectors = load_experts(run.path)
+    vectors, router = load_experts(run.path), load_router(run.path) if "router" in stages else None
+    vectors = vectors if router is None else routed(vectors, router)
     out |= {"experts": list(vectors), "rank": max(max(v.ranks.values()) for v in vectors.values())}
     for name in ("results", "answers"):
-        path = run.path / "evaluation" / f"{name}.json"
-        if path.exists():
-            found = read_json(path)
-            out |= found if name == "results" else {"answers": found}
+        out |= evaluated(run, name, vectors, router)
     out["vectors"] = vector_table({name: vectors[name] for name in out["experts"]})
     if "router" in stages:
         facts = stages["router"]
@@ -45,6 +48,16 @@ def collect(run: RunFolder) -> dict[str, Any]:
     if "perplexity" in out:
         out["claims"] = claims(out)
     return out
+
+
+def evaluated(run: RunFolder, name: str, vectors: Mapping[str, TaskVector], router: Router | None) -> dict[str, Any]:
+    """What ``evaluation/NAME.json`` holds; nothing where it is not there, or is of other experts or another router."""
+    path = run.path / "evaluation" / f"{name}.json"
+    found = read_json(path) if path.exists() else {}
+    if found and (not isinstance(found, dict) or found.pop("made_of", None) != made_of(vectors, router)):
+        log.warning("%s: is of other experts or another router; trinityx evaluate %s makes it anew", path, run.path)
+        return {}
+    return found
 
 
 def _ends(values: np.ndarray) -> list[float]:

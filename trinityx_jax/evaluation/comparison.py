@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich import box
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from trinityx_jax.errors import UserError
-from trinityx_jax.evaluation import metrics, store
-
-MULTIPLE_CHOICE = ("mc1", "mc2")
-READINGS = {
-    "row mean": "row_pi",
-    "row": "pooled_row_pi",
-    "prompt's last token": "prompt_pi",
-    "prompt": "pooled_prompt_pi",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """What was measured of one system: values by row, and what it costs.
-
-    ``values``: nll and tokens [2n] (answers to prefer, then those to reject), objective [n]; of a routed system
-    those of ``READINGS`` [n,E]; mc1 and mc2 [questions].
-    """
-
-    values: dict[str, np.ndarray]
-    cost: dict[str, float]
-
-    def save(self, path: Path, key: str) -> None:
-        """Write it under the digest of what it was made of."""
-        store.save(path, key, cost=json.dumps(self.cost), **self.values)
-
-    @classmethod
-    def load(cls, path: Path, key: str) -> Columns | None:
-        """What was saved under this digest; None where nothing was."""
-        values = store.load(path, key)
-        return None if values is None else cls(values, json.loads(str(values.pop("cost"))))
+from trinityx_jax.evaluation import metrics
+from trinityx_jax.evaluation.columns import MULTIPLE_CHOICE, READINGS, Columns
 
 
 def comparison(
@@ -356,10 +325,13 @@ def tables(results: Mapping[str, Any]) -> Group:
     for title, (headings, rows) in parts.items():
         if not rows:
             continue
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", padding=(0, 1, 0, 0))
+        table = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, title=escape(title), title_justify="left", padding=(0, 1, 0, 0)
+        )
         for place, heading in enumerate(headings):
             table.add_column(heading, justify="left" if place == 0 else "right", overflow="fold", no_wrap=place == 0)
         for row in rows:
-            table.add_row(*(cell.replace("**", "").replace(" [", "\n[") for cell in row))
+            name, *cells = row
+            table.add_row(escape(name), *(escape(cell.replace("**", "").replace(" [", "\n[")) for cell in cells))
         out.append(table)
     return Group(*out)

@@ -40,10 +40,11 @@ class ExpertLosses:
         """Mean NLL of a row's tokens [N,E]."""
         return np.stack([own.mean(axis=1) for own in self.nll])
 
-    def temperatures(self, labels: np.ndarray) -> np.ndarray:
+    def temperatures(self, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
         """The temperature of each expert's logits of least NLL on its own rows [E] (METHOD 4 a)."""
         assert self.tempered is not None
-        return np.stack([_least(self.tempered[labels == e, e].sum(axis=0)) for e in range(self.tempered.shape[1])])
+        sums = [self.tempered[labels == e, e].sum(axis=0) for e in range(len(names))]
+        return np.stack([_least(own, name) for own, name in zip(sums, names, strict=True)])
 
     def targets(self, temperatures: np.ndarray, per_token: bool, rows: Sequence[Encoded], labels: np.ndarray) -> list:
         """q_i ~ exp(-NLL_i / T_i) (METHOD 4 b): of a row's mean NLL, at all its tokens, or at each answer token."""
@@ -59,11 +60,11 @@ class ExpertLosses:
         return out
 
 
-def _least(sums: np.ndarray) -> float:
+def _least(sums: np.ndarray, name: str) -> float:
     """The temperature where sums over the grid are least, by a polynomial in log T."""
     x, at = np.log(TEMPERATURES), int(np.argmin(sums))
     if at in (0, len(x) - 1):
-        log.warning("an expert's temperature is not between %.2f and %.2f", TEMPERATURES[0], TEMPERATURES[-1])
+        log.warning("expert %r: no temperature from %g to %g is its best", name, TEMPERATURES[0], TEMPERATURES[-1])
         return float(TEMPERATURES[at])
     curve = Polynomial.fit(x, sums, DEGREE)
     flat = [

@@ -102,12 +102,10 @@ def held_out_pairs(config: RunConfig, name: str, limit: int | None = None) -> li
     return out
 
 
-def held_out_questions(config: RunConfig, limited: bool = False) -> frozenset[str]:
-    """Every objective's test prompts, normalised; ``limited``: no more of each than its ``test_limit``."""
+def held_out_questions(config: RunConfig) -> frozenset[str]:
+    """Every objective's test prompts, normalised."""
     entries = [data for name in config.experts.names for data in config.parts(name).values()]
-    limits = [data.test_limit if limited else None for data in entries]
-    found = (prompts_of(data, "test", limit) for data, limit in zip(entries, limits, strict=True))
-    return frozenset(example.question for own in found for example in own)
+    return frozenset(example.question for data in entries for example in prompts_of(data, "test"))
 
 
 def _one_template(config: RunConfig, backbone: Backbone, names: Sequence[str], held: HeldOut) -> list[Encoded]:

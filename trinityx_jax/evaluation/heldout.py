@@ -26,6 +26,7 @@ from trinityx_jax.files import write_json
 from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled_rows, row_weights
 from trinityx_jax.progress import progress
+from trinityx_jax.runs import routed
 
 MOCAE, MERGE, BASE = "MoCaE", "naive merge", "base"
 CALIBRATED = ", calibrated"  # a mean of rows' routing made probabilities by the router's pool
@@ -37,10 +38,15 @@ def in_order(config: RunConfig, vectors: Mapping[str, TaskVector], router: Route
     Raises:
         UserError: configuration, experts and router do not name the same objectives.
     """
-    names = config.experts.names if router is None else list(router.names)
-    for what, found in (("configuration", config.experts.names), ("run's experts", list(vectors))):
-        if set(found) != set(names):
-            raise UserError(f"the {what} are {', '.join(found)}; expected {', '.join(names)}")
+    names = config.experts.names
+    if router is not None:
+        if set(names) != set(router.names):
+            raise UserError(
+                f"the configuration's experts are {', '.join(names)}; the router's {', '.join(router.names)}"
+            )
+        return routed(vectors, router)
+    if set(vectors) != set(names):
+        raise UserError(f"the run's experts are {', '.join(vectors)}; expected {', '.join(names)}")
     return {name: vectors[name] for name in names}
 
 
@@ -99,7 +105,7 @@ def evaluate(
         results |= _multiple_choice(config, scorer, compared, router, names, out, key)
     if router is not None:
         results |= _routing(config, backbone, scorer, router, held, scores[MOCAE], before)
-    write_json(out / "results.json", results)
+    write_json(out / "results.json", {"made_of": made_of(vectors, router), **results})
     return results
 
 
@@ -261,6 +267,13 @@ def _key(
     return digest_of(facts, leaves, rows)
 
 
+def made_of(vectors: Mapping[str, TaskVector], router: Router | None) -> str:
+    """A digest of the experts and the router that results are of."""
+    switches = None if router is None else [dataclasses.asdict(router.config), router.names]
+    leaves = jax.tree.leaves([[vectors[name].sites for name in sorted(vectors)], router])
+    return digest_of([sorted(vectors), switches], leaves, [])
+
+
 def digest_of(facts: Sequence[Any], leaves: Sequence[Any], rows: Sequence[Encoded]) -> str:
     """A digest of what scores are made of: JSON-ready facts, arrays, rows."""
     parts = (row.ids.tobytes() + bytes(str(row.prompt_length), "ascii") for row in rows)
@@ -277,7 +290,7 @@ def _digest(parts: Sequence[bytes], start: str) -> str:
 def _stored(path: Path, key: str, bar: Any, batches: int, compute: Any) -> Scores:
     """Scores from ``path`` where they were made of the same inputs, else computed and kept there."""
     data = store.load(path, key)
-    if data is not None:
+    if data is not None and data.keys() >= {"nll", "tokens", "lengths", "token_pi", "layer_pi"}:
         bar.advance("kept", steps=batches)
         ends = np.cumsum(data["lengths"])[:-1]
         token_pi = np.split(data["token_pi"], ends) if len(data["lengths"]) else []

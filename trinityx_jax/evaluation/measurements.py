@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trinityx_jax.errors import UserError
-from trinityx_jax.evaluation.comparison import READINGS, Columns
+from trinityx_jax.evaluation.columns import KNOWN, Columns
 from trinityx_jax.evaluation.store import DAMAGED
 from trinityx_jax.files import write_bytes
 
@@ -22,8 +22,7 @@ KINDS = {  # what all must have in common
     "objectives": "objectives",
     "bootstrap": "evaluate.bootstrap",
 }
-NEEDED = {"nll", "tokens", "objective"}
-KNOWN = {*NEEDED, "mc1", "mc2", *READINGS.values()}
+ABOUT = {"format", "facts", "order", "recipes", "names", "costs"}
 Systems = dict[str, dict[str, Columns]]  # by label and seed
 
 
@@ -57,18 +56,28 @@ def load(path: Path) -> tuple[Systems, dict[str, str], dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as data:
             about = json.loads(str(data["about"]))
-            if about["format"] != FORMAT:
+            if about["format"] != FORMAT or about.keys() != ABOUT or not about["order"]:
+                raise ValueError
+            facts, count = {key: about["facts"][key] for key in KINDS}, len(about["facts"]["objectives"])
+            if type(facts["bootstrap"]) is not int or facts["bootstrap"] < 1 or not count:
                 raise ValueError
             found: Systems = {}
+            read = {"about"}
             for place, (label, seed) in enumerate(about["order"]):
                 values = {name: data[f"{place}/{name}"] for name in about["names"][place]}
-                if not values.keys() >= NEEDED:
-                    raise ValueError
                 if unknown := sorted(values.keys() - KNOWN):
                     raise UserError(f"{path}: {label!r} has {unknown[0]!r}, which this version does not read")
-                found.setdefault(label, {})[seed] = Columns(values, dict(about["costs"][place]))
-            recipes = {label: about["recipes"][label] for label in found}
-            return found, recipes, {key: about["facts"][key] for key in KINDS}
+                read |= {f"{place}/{name}" for name in values}
+                own = Columns(values, dict(about["costs"][place]))
+                own.check()
+                if seed in found.setdefault(label, {}) or values["objective"].max() >= count:
+                    raise ValueError
+                if any(x.ndim == 2 and x.shape[1] != count for x in values.values()):
+                    raise ValueError
+                found[label][seed] = own
+            if read != set(data.files):
+                raise ValueError
+            return found, {label: about["recipes"][label] for label in found}, facts
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except DAMAGED as error:

@@ -46,13 +46,13 @@ class Question:
         return Example(self.question, "", "").question
 
 
-def load_questions(source: str, split: str = "test", limit: int | None = None) -> list[Question]:
+def load_questions(source: str, split: str = "test") -> list[Question]:
     """Questions of a multiple-choice file of TruthfulQA's.
 
     Raises:
         UserError: it cannot be read, or a row is no question with true and false answers.
     """
-    return [_question(row, place) for place, row in load_items(source, split)][:limit]
+    return [_question(row, place) for place, row in load_items(source, split)]
 
 
 def _question(row: Any, place: str) -> Question:
@@ -72,6 +72,8 @@ def _choices(row: Mapping[str, Any], key: str, place: str) -> tuple[list[str], n
         if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) != len(labels):
             raise UserError(f"{place}: {key} has no label for each choice")
         value = dict(zip(map(str, texts), labels, strict=True))
+    if isinstance(value, Mapping) and not all(isinstance(text, str) and text.strip() for text in value):
+        raise UserError(f"{place}: {key} has an empty answer")
     if not isinstance(value, Mapping) or not value or not all(label in (0, 1) for label in value.values()):
         raise UserError(f"{place}: {key} is no mapping of answers to 0 and 1")
     labels = np.asarray(list(value.values()), bool)

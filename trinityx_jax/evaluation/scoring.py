@@ -14,6 +14,7 @@ from trinityx_jax.backbone import Backbone, Cache, empty_cache
 from trinityx_jax.backbone.products import activations, packed
 from trinityx_jax.data.batching import evaluation_batches
 from trinityx_jax.data.templates import Encoded
+from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import continuations
 from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.mocae import Router, hidden_states, token_routing
@@ -101,7 +102,11 @@ class Scorer:
         router: Router | None = None,
         on_batch: Callable[[], None] = lambda: None,
     ) -> Scores:
-        """Score rows with static expert ``weights`` [E] (zeros: the base) or with a ``router``."""
+        """Score rows with static expert ``weights`` [E] (zeros: the base) or with a ``router``.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
         nll, tokens = np.zeros(len(rows)), np.asarray([len(r.ids) - r.prompt_length for r in rows])
         token_pi: dict[int, np.ndarray] = {}
         layer_pi: dict[int, np.ndarray] = {}
@@ -117,6 +122,7 @@ class Scorer:
                     token_pi[int(i)] = np.asarray(pi[row])[batch.mask[row]]
                     layer_pi[int(i)] = np.asarray(layers[row])
             on_batch()
+        _check_finite(nll)
         if router is None:
             return Scores(nll, tokens)
         order = range(len(rows))
@@ -157,7 +163,17 @@ class Scorer:
         for stems, batch in batches:
             out.append(np.asarray(self._after(base, experts, named, cache, stems.arrays(), batch.arrays())))
             on_batch()
-        return np.concatenate(out)[place]
+        found = np.concatenate(out)[place]
+        _check_finite(found)
+        return found
+
+
+def _check_finite(nll: np.ndarray) -> None:
+    bad = np.count_nonzero(~np.isfinite(nll))
+    if bad:
+        raise UserError(
+            f"the loss of {bad} of {len(nll)} rows is not finite: weights, of experts, router or merge, are too large"
+        )
 
 
 def _weights(weights: np.ndarray | None) -> jax.Array | None:

@@ -8,11 +8,10 @@ from typing import Any
 
 from trinityx_jax.config import RunConfig, load_config
 from trinityx_jax.errors import UserError
-from trinityx_jax.evaluation.answers import side_by_side
-from trinityx_jax.evaluation.held_rows import held_out_questions
+from trinityx_jax.evaluation.answers import first_prompts, side_by_side
+from trinityx_jax.evaluation.held_rows import held_out_pairs
 from trinityx_jax.evaluation.heldout import asked, evaluate
 from trinityx_jax.evaluation.multiple_choice import CHOICES
-from trinityx_jax.files import write_json
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import load_uncalibrated, open_run
 from trinityx_jax.sections import TEST_KEYS, UNSEEN, EvaluateConfig
@@ -48,12 +47,13 @@ def evaluate_run(
     trained, config = configured(found[0], overrides)
     opened = open_run(run)
     before = load_uncalibrated(folder, opened.router)
-    target = Path(out) if out else folder.path / "evaluation"
+    target = folder.path / "evaluation" if out is None else Path(out)
     _warn(config, trained)
+    if opened.router is not None:
+        first_prompts(config, opened.router.names, opened.backbone)  # raises before hours of scoring
     results = evaluate(config, opened.backbone, opened.vectors, opened.router, target, before)
     if opened.router is not None:
-        answers = side_by_side(config, opened.backbone, opened.vectors, opened.router)
-        write_json(target / "answers.json", answers)
+        side_by_side(config, opened.backbone, opened.vectors, opened.router, target)
     return results, target / "results.json"
 
 
@@ -61,11 +61,13 @@ def _warn(config: RunConfig, trained: RunConfig) -> None:
     """Of test questions that were trained on: other ones than training left out, and multiple-choice ones."""
     tests: dict[str, Iterable[str]] = {}
     if config.data != trained.data:
-        tests["test questions"] = held_out_questions(config, limited=True)
+        names = config.experts.names
+        found = (pair for name in names for _, own in held_out_pairs(config, name) for pair in own)
+        tests["test questions"] = [pair.chosen.question for pair in found]
     if config.evaluate.multiple_choice is not None:
         tests[CHOICES] = [question.normalised for question in asked(config)]
     if tests:
-        warn_of_test(trained, tests)
+        warn_of_test({"": [trained]}, tests)
 
 
 def configured(file: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunConfig]:

@@ -17,7 +17,7 @@ from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.generation.decode import BATCH, generate_ids, prompt_ids, stored_dtype
 from trinityx_jax.generation.sampling import Sampling
 from trinityx_jax.mocae import Router, hidden_states, token_routing
-from trinityx_jax.runs import open_run
+from trinityx_jax.runs import open_run, routed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +46,16 @@ def answer_prompts(
     """
     opened = open_run(run, routed=weights is None)
     router = opened.router if weights is None else None
+    vectors = opened.vectors if router is None else routed(opened.vectors, router)
     prompt = prompt_ids(opened.backbone, prompts, template)
     found = generate_ids(
-        opened.backbone, prompt, experts=opened.vectors, router=router, weights=weights,
+        opened.backbone, prompt, experts=vectors, router=router, weights=weights,
         max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
     )  # fmt: skip
     texts = [opened.backbone.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
     if not routing or router is None:
         return [Answer(text) for text in texts]
-    pi = answer_routing(opened.backbone, opened.vectors, router, prompt, found)
+    pi = answer_routing(opened.backbone, vectors, router, prompt, found)
     means = [p.mean(axis=0).tolist() if len(p) else [] for p in pi]
     return [Answer(t, dict(zip(router.names, m, strict=False))) for t, m in zip(texts, means, strict=True)]
 

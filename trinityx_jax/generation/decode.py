@@ -48,7 +48,7 @@ def generate(
         the answers' text, in order, without the end-of-sequence token.
 
     Raises:
-        UserError: there is no tokenizer, a prompt is empty, or names do not match.
+        UserError: there is no tokenizer, a prompt is empty, names do not match, or logits are not finite.
     """
     ids = generate_ids(
         backbone, prompt_ids(backbone, prompts, template), experts=experts, router=router, weights=weights,
@@ -107,11 +107,15 @@ def generate_ids(
     for row, ids in enumerate(prompts):
         tokens[row, size - len(ids) :], mask[row, size - len(ids) :] = ids, True
     ends = end_ids(backbone)
-    out = _decode(
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed: must be a whole number from 0 to {2**32 - 1}, is {seed}")
+    out, finite = _decode(
         backbone.params, stacked, router, static, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(seed),
         config=backbone.config, count=max_new_tokens, ends=ends, sampling=sampling or Sampling(),
         dtype=dtype or stored_dtype(backbone),
     )  # fmt: skip
+    if not bool(finite):
+        raise UserError("the model's logits are not finite: weights, of experts, router or merge, are too large")
     answers = []
     for row in np.asarray(out).tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), len(row))
@@ -182,8 +186,8 @@ def _decode(
     ends: tuple[int, ...],
     sampling: Sampling,
     dtype: str,
-) -> jax.Array:
-    """New tokens [B,count]; after a row's end its slots hold the end token."""
+) -> tuple[jax.Array, jax.Array]:
+    """New tokens [B,count]; after a row's end its slots hold the end token. Whether all logits were finite []."""
     batch, size = tokens.shape
     kind = jnp.dtype(dtype)
     stop = jnp.asarray(ends, jnp.int32)
@@ -205,15 +209,17 @@ def _decode(
     out = jnp.full((batch, count), fill, jnp.int32).at[:, 0].set(first)
 
     def going(carry: Any) -> jax.Array:
-        step, _, done, _, _ = carry
+        step, _, done, *_ = carry
         return (step < count) & ~jnp.all(done)
 
     def body(carry: Any) -> Any:
-        step, token, done, cache, out = carry
+        step, token, done, cache, out, finite = carry
         logits, cache = forward(token[:, None], ~done[:, None], cache)
+        finite = finite & jnp.all(jnp.isfinite(logits) | done[:, None])
         token = choose(logits, sampling, jax.random.fold_in(key, step))
         token = jnp.where(done, fill, token)
-        return step + 1, token, done | is_end(token), cache, out.at[:, step].set(token)
+        return step + 1, token, done | is_end(token), cache, out.at[:, step].set(token), finite
 
-    state = (jnp.asarray(1), first, is_end(first), cache, out)
-    return jax.lax.while_loop(going, body, state)[-1]
+    state = (jnp.asarray(1), first, is_end(first), cache, out, jnp.all(jnp.isfinite(logits)))
+    *_, out, finite = jax.lax.while_loop(going, body, state)
+    return out, finite

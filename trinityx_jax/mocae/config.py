@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from typing import Any
 
 from trinityx_jax.errors import UserError
@@ -23,6 +22,7 @@ CHOICES = {
     "calibration": ("none", "temperature", "expert", "layer"),
 }
 LAMBDAS = ("entropy", "kl", "gate", "balance", "norm")  # losses beside the task's, by name
+LARGEST = 1e6  # of a number, and the smallest temperature's inverse
 FLAGS = ("router_bias", "train_experts", "train_gamma", "train_norm", "gamma_dynamic")
 
 
@@ -79,9 +79,9 @@ class MoCaEConfig:
         lambdas = [f"lambda_{name}" for name in LAMBDAS]
         for name in ("temperature", "dropout", *lambdas):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise UserError(f"mocae.{name}: must be a number, not {value!r}")
-        if not self.temperature > 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
+                raise UserError(f"mocae.{name}: must be a number of reasonable size, not {value!r}")
+        if not self.temperature > 1 / LARGEST:
             raise UserError(f"mocae.temperature: must be positive, not {self.temperature}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"mocae.dropout: must be in [0, 1), not {self.dropout}")
@@ -93,7 +93,11 @@ class MoCaEConfig:
         floor = self.gamma_floor
         if floor is not None and (isinstance(floor, bool) or not isinstance(floor, int | float)):
             raise UserError(f"mocae.gamma_floor: must be a number, not {floor!r}")
-        if self.gamma_reference is not None and not isinstance(self.gamma_reference, str):
+        if floor is not None and not abs(floor) < LARGEST:
+            raise UserError(f"mocae.gamma_floor: must be a number of reasonable size, not {floor!r}")
+        if self.gamma_reference is not None and (
+            not isinstance(self.gamma_reference, str) or not self.gamma_reference.strip()
+        ):
             raise UserError(f"mocae.gamma_reference: must be a name or a path, not {self.gamma_reference!r}")
 
     def _check_combinations(self) -> None:

@@ -12,7 +12,7 @@ from trinityx_jax.backbone import BackboneConfig, Cache, Decoder, base_feed_forw
 from trinityx_jax.experts.lora import Experts
 from trinityx_jax.mocae import mixture
 from trinityx_jax.mocae.attention import check_policy, first_weights, routed_attention, split_sites, static_attention
-from trinityx_jax.mocae.router import Router, per_layer
+from trinityx_jax.mocae.router import Router, check_shapes, per_layer
 
 
 class Prepared(NamedTuple):
@@ -62,6 +62,7 @@ def hidden_states(
         function, inputs = base_feed_forward(config), None
     elif router is not None:
         mocae = router.config
+        check_shapes(router, config.num_layers, config.hidden_size)
         check_policy(mocae, attention)
         function = mixture.routed_feed_forward(config, mocae, deterministic=dropout is None)
         inputs = {"experts": own, "router": per_layer(router, config.num_layers)}

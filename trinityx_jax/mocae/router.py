@@ -63,13 +63,59 @@ def init_router(
     )
 
 
+def check_shapes(router: Router, layers: int | None = None, hidden: int | None = None) -> None:
+    """Raise UserError where the arrays are not those of one router, or it is not one for a model of this size."""
+    mocae, count = router.config, len(router.names)
+    found = {"kernel": router.kernel, "bias": router.bias, "gamma": router.gamma, "temperature": router.temperature}
+    found |= {f"norm.{key}": x for key, x in router.norm.items()} | {f"pool.{key}": x for key, x in router.pool.items()}
+    depth = "N" if mocae.router_scope == "shared" else "L"
+    sizes = {"N": 1, "L": layers, "D": hidden, "E": count}
+    forms = {"kernel": (f"{depth}DE",), "bias": (f"{depth}E", "LE"), "gamma": ("E",), "temperature": ("", "E", "LE")}
+    norm = {"prenorm": "", "layernorm": "scale bias", "gated": "scale bias gate"}[mocae.output].split()
+    forms |= {f"norm.{key}": ("L" if key == "gate" else "LD",) for key in norm}
+    if router.pool:
+        forms |= dict.fromkeys(("pool.row_sharpness", "pool.prompt_sharpness"), ("",))
+    if set(found) != set(forms):
+        raise UserError(f"a router of output {mocae.output!r} has {', '.join(forms)}; this one {', '.join(found)}")
+    for name, x in found.items():
+        if not any(len(form) == x.ndim and _bind(form, x.shape, sizes) for form in forms[name]):
+            known = {tuple(sizes[letter] or letter for letter in form): None for form in forms[name]}
+            wanted = " or ".join(f"[{', '.join(map(str, form))}]" for form in known)
+            raise UserError(f"the router's {name} is {list(x.shape)}, not {wanted}")
+    if mocae.top_k is not None and mocae.top_k > count:
+        raise UserError(f"mocae.top_k: {mocae.top_k} of {count} experts cannot be selected")
+
+
+def _bind(form: str, shape: Sequence[int], sizes: dict[str, int | None]) -> bool:
+    """Whether a shape fits letters' sizes, which it fixes where they are not known."""
+    own = dict(zip(form, shape, strict=True))
+    if any(sizes[letter] not in (None, size) for letter, size in own.items()):
+        return False
+    sizes |= own
+    return True
+
+
+def check_values(router: Router) -> None:
+    """Raise UserError where a value is none that a router can work with."""
+    for name, x in {**router.norm, **router.pool, "kernel": router.kernel, "bias": router.bias}.items():
+        if not bool(jnp.all(jnp.isfinite(x))):
+            raise UserError(f"the router's {name} holds a value that is not finite")
+    if not bool(jnp.all(jnp.isfinite(router.temperature) & (router.temperature > 0))):
+        raise UserError("a temperature of the router is not a positive number")
+    if not bool(jnp.all(router.gamma >= 0) & (jnp.sum(router.gamma) > 0) & jnp.all(jnp.isfinite(router.gamma))):
+        raise UserError("the router's gamma are not weights: one is negative, or none is above 0")
+    for name, x in router.pool.items():
+        if not bool(x > 0):
+            raise UserError(f"the router's {name} is {float(x):g}, not positive")
+
+
 def extended(router: Router, old: Router) -> Router:
     """A fresh router that begins as a trained one, whatever experts it has beside the trained one's.
 
     A new expert's logit begins as the mean of the others': a vector that is added to every expert's column changes
-    nothing, and every other start would favour some. The trained temperature goes into kernel and bias. Gamma is kept
-    where it was learned; where it follows from the experts by the same rule as then, a new one takes its share and the
-    others keep their ratios, for they are to mix as they were trained to.
+    nothing, and every other start would favour some. The trained temperature goes into kernel and bias. Gamma follows
+    from the experts where its rule is another than then. By the same rule it is kept where it was learned, and where
+    it was not a new expert takes its share and the others keep their ratios, to mix as they were trained to.
 
     Raises:
         UserError: the trained router's shape differs, or it routes to an expert that is not there.
@@ -91,9 +137,10 @@ def extended(router: Router, old: Router) -> Router:
         return jnp.stack([x[..., old.names.index(n)] if n in old.names else mean for n in router.names], axis=-1)
 
     gamma = router.gamma
-    if old.config.train_gamma or old.config.gamma_dynamic:
+    same = _gamma_rule(old.config) == _gamma_rule(router.config)
+    if same and (old.config.train_gamma or old.config.gamma_dynamic):
         gamma = columns(old.gamma) / jnp.sum(columns(old.gamma))
-    elif _gamma_rule(old.config) == _gamma_rule(router.config):
+    elif same:
         known = jnp.asarray([name in old.names for name in router.names])
         left = 1.0 - jnp.sum(gamma, where=~known)
         gamma = jnp.where(known, left * columns(old.gamma) / jnp.sum(old.gamma), gamma)

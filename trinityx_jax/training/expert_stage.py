@@ -21,7 +21,7 @@ from trinityx_jax.data.batching import Batch, TrainingBatches, validation_batche
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, init_expert, stack, unstack
 from trinityx_jax.run_folder import RunFolder
-from trinityx_jax.runs import save_experts
+from trinityx_jax.runs import forget_router, save_experts
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.optimizer import make_optimizer
@@ -122,8 +122,7 @@ def _begin(run: RunFolder, name: str, settings: dict[str, Any]) -> None:
         run.finish("experts", names=[n for n in done["names"] if n != name], rows=done["rows"])
     if run.done("router") is not None:
         log.warning("%s: its router was trained with the expert %r as it was; train it again", run.path, name)
-    shutil.rmtree(run.path / "checkpoints" / "router", ignore_errors=True)
-    run.forget("router")
+    forget_router(run)
     run.begin(stage, settings, anew=True)
 
 

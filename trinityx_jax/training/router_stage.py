@@ -27,6 +27,7 @@ from trinityx_jax.mocae.router import extended
 from trinityx_jax.run_folder import UNCALIBRATED, RunFolder
 from trinityx_jax.runs import (
     expert_digests,
+    forget_router,
     gamma_reference,
     load_experts,
     load_trained_router,
@@ -125,11 +126,10 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     run.open(backbone, config.model)
     settings = router_settings(config)
     if config.train.anew and run.changed("router", settings) is not None:
-        # the checkpoints first: a kill between leaves the old router
-        shutil.rmtree(run.path / "checkpoints" / "router", ignore_errors=True)
-        shutil.rmtree(run.path / UNCALIBRATED, ignore_errors=True)
-        run.forget("router")
+        forget_router(run)
     run.begin("router", settings)
+    if rows is None:  # as training left it, of a router that was here before
+        shutil.rmtree(run.path / UNCALIBRATED, ignore_errors=True)
     _own_experts(config, run, own)
     save_config(config, run.path / "config-router.yaml", "router")
     facts: dict[str, Any] = {"rows": {name: [0, 0] for name in own}}
@@ -137,8 +137,7 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     if rows is not None:
         router, tuned = _Stage(config, backbone, rows, stack(list(own.values())), start).train(run)
         if mocae.train_experts:
-            trained = {n: TaskVector(v.sites, own[n].origin) for n, v in zip(own, unstack(tuned), strict=True)}
-            save_experts(trained, run)
+            save_experts(_trained(own, tuned, backbone), run)
         save_router(router, run.path / UNCALIBRATED, backbone.fingerprint)
         router = calibrated_on(config, backbone, tuned, router, rows.calibration)
         facts = {"rows": {n: [len(rows.train[n]), len(rows.calibration[n])] for n in own}}
@@ -159,6 +158,8 @@ def check_router(config: RunConfig) -> None:
         raise UserError("train.evaluate_every: has no effect on stage 'router' without mocae.gamma_dynamic; remove it")
     done = RunFolder(config.out).done("experts")
     if source is not None and done is not None and done.get("source") != source:
+        if done.get("source") is not None:
+            raise UserError(f"{config.out}: its experts were copied from {done['source']}; choose another --out")
         raise UserError(f"{config.out}: holds experts of its own; remove experts.from, or choose another --out")
     if mocae.train_experts and source in (None, config.out):
         raise UserError(
@@ -192,7 +193,7 @@ def _start(
 ) -> Router:
     """The router before its first step, with its gamma."""
     mocae = config.mocae_config()
-    against = gamma_reference(mocae, vectors, backbone.config)
+    against = gamma_reference(mocae, vectors, backbone)
     static = gamma(own, against, mocae.gamma_similarity, mocae.gamma_floor)
     if mocae.weight == "convex" and mocae.top_k is not None and not np.all(np.asarray(static) > 0):
         raise UserError("mocae.top_k: could select experts whose gamma is 0 alone; set a mocae.gamma_floor above 0")
@@ -202,11 +203,22 @@ def _start(
     return extended(router, load_trained_router(config.router.source, backbone.fingerprint))
 
 
+def _trained(own: Mapping[str, TaskVector], tuned: Any, backbone: Backbone) -> dict[str, TaskVector]:
+    """The experts as the stage left them, which are of this base now, and no adapters that came from elsewhere."""
+    kept = {n: {key: value for key, value in v.origin.items() if key != "peft"} for n, v in own.items()}
+    base = {"base": backbone.fingerprint}
+    return {n: TaskVector(v.sites, kept[n] | base) for n, v in zip(own, unstack(tuned), strict=True)}
+
+
 def _own_experts(config: RunConfig, run: RunFolder, vectors: Mapping[str, TaskVector]) -> None:
     """Copy experts that come from elsewhere into the run, so that it is self-contained."""
-    if config.experts.source is not None:
-        save_experts(vectors, run)
-        run.finish("experts", names=list(vectors), source=config.experts.source)
+    if config.experts.source is None:
+        return
+    save_experts(vectors, run)
+    run.finish("experts", names=list(vectors), source=config.experts.source)
+    for folder in (run.path / "experts").iterdir():  # copies for a router that this one replaces
+        if folder.is_dir() and folder.name not in vectors:
+            shutil.rmtree(folder)
 
 
 class _Stage:
@@ -239,6 +251,8 @@ class _Stage:
             metrics_path=run.metrics_path, checkpoints=checkpoints, max_skipped=self.config.train.max_skipped,
         )  # fmt: skip
         checkpoints.close()
+        if int(state.skipped) >= int(state.step):
+            raise UserError("router: no step had a finite loss, gradient and result; nothing was learned")
         if int(state.skipped):
             log.warning("router: %d steps were not finite and changed nothing", int(state.skipped))
         return after_stage_2(state.params, self._at(self.total), self.experts)
@@ -283,6 +297,11 @@ class _Stage:
         """Dynamic gamma after each evaluation. The experts are frozen, and with them their losses on held-out rows."""
         held = [row for part in self.rows.validation.values() for row in part]
         every = self.config.train.evaluate_every or 1
+        if every > self.total:
+            raise UserError(
+                f"train.evaluate_every: {every} is more than the {self.total} steps, and mocae.gamma_dynamic moves "
+                "gamma after an evaluation"
+            )
         zeros = jax.tree.map(jnp.zeros_like, trained_experts(self.experts))
         sums = held_out_sums(self.backbone.config, self.dtype)
         shared = dict.fromkeys(self.names, held)

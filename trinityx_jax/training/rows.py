@@ -87,13 +87,11 @@ def load_parts(config: RunConfig, experts: Sequence[str] | None = None) -> dict[
     return parts
 
 
-def prompts_of(
-    data: DataConfig, use: Literal["test", "unseen"], limit: int | None = None, answered: bool = False
-) -> list[Example]:
+def prompts_of(data: DataConfig, use: Literal["test", "unseen"], answered: bool = False) -> list[Example]:
     """The prompts of ``data.NAME.test`` or ``unseen`` (see ``load_prompts``); none where no such rows are named."""
     source, split = getattr(data, use), getattr(data, f"{use}_split")
     kind, fields = data.schema_of(use)
-    return load_prompts(source, kind, split, limit, data.skip_bad, fields, answered) if source else []
+    return load_prompts(source, kind, split, data.skip_bad, fields, answered) if source else []
 
 
 def encode_parts(config: RunConfig, parts: Mapping[str, Part], tokenizer: Any) -> Rows:
