@@ -333,7 +333,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt, so that cleanups run; a moment later where Python would drop what is raised."""
     while frame is not None:
         if frame.f_code.co_name in DROPPING:
-            threading.Timer(0.01, signal.raise_signal, (number,)).start()
+            threading.Timer(0.01, signal.pthread_kill, (threading.get_ident(), number)).start()
             return
         frame = frame.f_back
     raise KeyboardInterrupt
