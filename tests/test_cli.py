@@ -263,8 +263,9 @@ def test_a_signal_saves_and_resuming_is_exact(
 def test_a_signal_where_python_drops_exceptions_stops_all_the_same(monkeypatch) -> None:
     """Such as inside a callback of the garbage collector."""
 
-    def _xla_gc_callback(*_) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+    def _xla_gc_callback(phase: str, _) -> None:
+        if phase == "start":
+            os.kill(os.getpid(), signal.SIGTERM)
         for _ in range(1000):
             pass
 
