@@ -22,7 +22,7 @@ def files(folder: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "index.html"}
 
 
-def test_it_runs_checks_its_claims_and_repeats_nothing(tiny_model: Path, tmp_path: Path, capsys) -> None:
+def test_it_runs_checks_its_claims_and_repeats_nothing(tiny_model: Path, tmp_path: Path, capsys, caplog) -> None:
     out = tmp_path / "run"
     arguments = ["quickstart", "--out", str(out), "--model", str(tiny_model), "--steps", "2"]
     code = cli.main(arguments)
@@ -58,19 +58,18 @@ def test_it_runs_checks_its_claims_and_repeats_nothing(tiny_model: Path, tmp_pat
     assert cli.main(arguments) == code
     assert time.monotonic() - began < 60
     assert files(out) == before
+    assert capsys.readouterr().out.count("done before") == 5
 
     assert cli.main(["calibrate", str(out), "--fit", "temperature"]) == 0  # another router: results are of the old one
-    capsys.readouterr()
+    caplog.clear()
     kept = {path: content for path, content in files(out).items() if "evaluation" in path.parts}
     assert cli.main(["report", str(out), "--out", str(tmp_path / "page")]) == 0
-    said = capsys.readouterr().err
-    assert said.count("is of other experts or another router; trinityx evaluate") == 2
+    assert caplog.text.count("is of other experts or another router; trinityx evaluate") == 2
     assert "routing accuracy on held-out rows" not in (tmp_path / "page" / "index.html").read_text()
     assert cli.main(arguments) in (0, 1)
     again = {path: content for path, content in files(out).items() if "evaluation" in path.parts}
     assert {path.name for path in kept if kept[path] != again[path]} >= {"results.json", "answers.json", "MoCaE.npz"}
     assert "routing accuracy on held-out rows" in (out / "report" / "index.html").read_text()
-    assert capsys.readouterr().out.count("done before") == 5
 
     other = cli.main([*arguments[:-1], "3"])
     assert (other, "other settings (train.steps)" in capsys.readouterr().err) == (2, True)
