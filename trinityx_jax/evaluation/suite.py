@@ -36,7 +36,7 @@ def evaluate_run(
     """
     check_overrides(overrides, out)
     folder = RunFolder(run)
-    routed = folder.done("router") is not None
+    routed = "router" in folder.info()["stages"]
     for key in ("prompts", "max_new_tokens") if not routed else ():
         if f"--evaluate.{key}" in overrides:
             raise UserError(f"--evaluate.{key}: has no effect on a run without a router, which answers no prompts")

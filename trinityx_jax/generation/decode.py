@@ -12,7 +12,7 @@ import numpy as np
 
 from trinityx_jax.backbone import Backbone, BackboneConfig, empty_cache, unembed
 from trinityx_jax.data.objectives import Example
-from trinityx_jax.data.templates import encode_prompts
+from trinityx_jax.data.templates import TEMPLATES, encode_prompts
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.experts.lora import check_fits
@@ -68,6 +68,8 @@ def prompt_ids(backbone: Backbone, prompts: Sequence[str], template: str = "auto
             raise UserError(f"prompts[{index}]: the prompt is empty")
     if not prompts:
         return []
+    if template not in (*TEMPLATES, "none"):
+        raise UserError(f"template: {template!r} is not one of {', '.join(TEMPLATES)}, none")
     if template == "none":
         return backbone.tokenizer(list(prompts))["input_ids"]
     return encode_prompts(template, [Example(p, "", "") for p in prompts], backbone.tokenizer)
@@ -151,7 +153,7 @@ def combine(
     assert weights is not None
     for name in weights:
         if name not in experts:
-            raise UserError(f"weights: there is no expert {name!r} (experts: {', '.join(names)})")
+            raise UserError(f"there is no expert {name!r} (experts: {', '.join(names)})")
         if not abs(weights[name]) < 1e30:
             raise UserError(f"weights: {name} = {weights[name]} is not a number of reasonable size")
     return stack(list(experts.values())), jnp.asarray([weights.get(n, 0.0) for n in names], jnp.float32)
