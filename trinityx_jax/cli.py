@@ -320,6 +320,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, Stopped):
             print(f"trinityx: {error}", file=sys.stderr)
             return STOPPED
+        if isinstance(error, BrokenPipeError):  # whoever reads what is printed has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return OK
         if isinstance(error, OSError) and error.filename is not None:
             print(f"trinityx: {error.filename}: {error.strerror}", file=sys.stderr)
             return BAD_INPUT

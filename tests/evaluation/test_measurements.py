@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from trinityx_jax import cli
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.columns import Columns
-from trinityx_jax.evaluation.comparison import comparison
+from trinityx_jax.evaluation.comparison import comparison, overview, tables
 from trinityx_jax.evaluation.measurements import joined, save
 
 FACTS = {"rows": "0a", "model": "1b", "objectives": ["kind", "true"], "bootstrap": 50}
@@ -111,3 +113,16 @@ def test_bad_files_are_one_sentence(tmp_path: Path, capsys: Any) -> None:
             continue
         for name, values in columns(0).values.items():
             np.testing.assert_array_equal(found.values[name], values)
+
+
+def test_no_number_is_folded_or_cut_in_a_terminal() -> None:
+    """Of names as long as a sweep's, at the width that output to a file has."""
+    found = {f"system {i} gamma_reference=runs/joint temperature=0.3[b]": {"0": columns(i)} for i in range(3)}
+    results = comparison(found, FACTS["objectives"], next(iter(found)), 50)
+    console = Console(width=120, file=io.StringIO())
+    console.print(tables(results))
+    lines = console.file.getvalue().splitlines()
+    for label, cells in ((row[0], row[1:]) for row in overview(results, intervals=False)[1]):
+        line = next(line for line in lines if label[:8] in line)  # the first table's
+        assert line.split()[-len(cells) :] == [cell.replace("**", "") for cell in cells]
+    assert "temperature=0.3[b]" in console.file.getvalue()

@@ -328,10 +328,12 @@ def tables(results: Mapping[str, Any]) -> Group:
         table = Table(
             box=box.SIMPLE_HEAD, pad_edge=False, title=escape(title), title_justify="left", padding=(0, 1, 0, 0)
         )
-        for place, heading in enumerate(headings):
-            table.add_column(heading, justify="left" if place == 0 else "right", overflow="fold", no_wrap=place == 0)
-        for row in rows:
-            name, *cells = row
-            table.add_row(escape(name), *(escape(cell.replace("**", "").replace(" [", "\n[")) for cell in cells))
+        lines = [[row[0], *(cell.replace("**", "").replace(" [", "\n[") for cell in row[1:])] for row in rows]
+        for place, (heading, *cells) in enumerate(zip(headings, *lines, strict=True)):
+            words = (part for cell in cells for part in (cell.split("\n") if place else cell.split()))
+            side: Any = "left" if place == 0 else "right"
+            table.add_column(heading, justify=side, overflow="fold", min_width=max(map(len, words)))  # no number folds
+        for line in lines:
+            table.add_row(*map(escape, line))
         out.append(table)
     return Group(*out)
