@@ -170,8 +170,8 @@ def _check_rows(config: RunConfig, run: RunFolder) -> None:
     begun = settings.get("files", {})
     for name, digests in own["files"].items():
         places = (config.data[name].source, config.data[name].test)
-        for place, now, before in zip(places, digests, begun.get(name, digests), strict=True):
-            if now != before:
+        for place, digest, before in zip(places, digests, begun.get(name, digests), strict=True):
+            if digest != before:
                 raise UserError(f"data.{name}: {place} is another file than the router was trained with; train it anew")
 
 

@@ -15,9 +15,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import tyro
@@ -281,7 +280,6 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report,
 }
 
-DROPPING = ("_xla_gc_callback", "__del__")  # functions whose exceptions Python prints and forgets
 FAMILIES = ("data", "vectors")  # of commands in two words
 
 
@@ -299,14 +297,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _usage(name.partition(" ")[2], f"{family} ")
     if name not in COMMANDS:
         return _usage(name)
-    with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _interrupt)
     try:
         for flag, word in itertools.pairwise(words):
             if not word:
                 raise UserError(f"{flag}: what follows it is empty")
-        return _call(name, words[len(name.split()) :])
+        with _interruptible():
+            return _call(name, words[len(name.split()) :])
     except UserError as error:
         print(f"trinityx: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
@@ -332,14 +328,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, so that cleanups run; a moment later where Python would drop what is raised."""
-    while frame is not None:
-        if frame.f_code.co_name in DROPPING:
-            threading.Timer(0.01, signal.pthread_kill, (threading.get_ident(), number)).start()
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, so that cleanups run.
+
+    Python drops what is raised in a finalizer or a callback of the garbage collector, of which JAX has one: there the
+    signal is sent again a moment later.
+    """
+
+    def dropped(found: Any) -> None:
+        if not issubclass(found.exc_type, KeyboardInterrupt):
+            before(found)
             return
-        frame = frame.f_back
-    raise KeyboardInterrupt
+        main = threading.main_thread().ident
+        threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGTERM)).start()
+
+    before, sys.unraisablehook = sys.unraisablehook, dropped
+    with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _call(name: str, words: list[str]) -> int:
