@@ -159,20 +159,14 @@ def _as_trained(run: RunFolder) -> Router:
 
 def _check_rows(config: RunConfig, run: RunFolder) -> None:
     """Raise UserError where rows are others than the router was trained with: it may have learned from any of them."""
-    settings = run.info()["settings"].get("router", {})
-    own = data_settings(config, config.data)
-    now = {"seed": config.seed} | {f"data.{n}.{key}": x for n, entry in own["data"].items() for key, x in entry.items()}
-    then = {f"data.{n}.{key}": x for n, entry in settings.get("data", {}).items() for key, x in entry.items()}
-    then |= {"seed": settings.get("seed", config.seed)}
-    for key, value in now.items():
-        if then.get(key, value) != value:
-            raise UserError(f"{run.path / 'config-router.yaml'}: {key} is not what the router was trained with")
-    begun = settings.get("files", {})
-    for name, digests in own["files"].items():
-        places = (config.data[name].source, config.data[name].test)
-        for place, digest, before in zip(places, digests, begun.get(name, digests), strict=True):
-            if digest != before:
-                raise UserError(f"data.{name}: {place} is another file than the router was trained with; train it anew")
+    now = {"seed": config.seed, **data_settings(config, config.data)}
+    changed = run.changed("router", now, only=tuple(now))
+    if changed is None:
+        return
+    kind, _, name = changed.partition(".")
+    if kind == "files":
+        raise UserError(f"data.{name}: its file, or that of its test rows, is not what the router was trained with")
+    raise UserError(f"{run.path / 'config-router.yaml'}: {changed} is not what the router was trained with")
 
 
 def _calibration_rows(config: RunConfig, run: OpenRun, names: Sequence[str]) -> Rows:

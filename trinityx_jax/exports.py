@@ -14,7 +14,7 @@ from trinityx_jax.convert.cards import Facts
 from trinityx_jax.convert.load import open_source
 from trinityx_jax.convert.source import Source
 from trinityx_jax.errors import UserError
-from trinityx_jax.evaluation.collect import evaluated
+from trinityx_jax.evaluation.collect import evaluated, made_by
 from trinityx_jax.experts import TaskVector, naive_sum
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import check_base, load_experts, load_router, routed
@@ -127,11 +127,7 @@ def _data(run: RunFolder, stage: str) -> dict[str, str]:
 def _metrics(run: RunFolder) -> list[tuple[str, str, str, float, float, float, int]]:
     if not (run.path / "evaluation" / "results.json").exists():
         return []
-    vectors, router = load_experts(run.path), None
-    if run.done("router") is not None:
-        router = load_router(run.path)
-        vectors = routed(vectors, router)
-    results = evaluated(run, "results", vectors, router)
+    results = evaluated(run, "results", *made_by(run))
     out = []
     for key, measure in (("perplexity", "perplexity"), ("preference", "preference accuracy")):
         for system, cells in results.get(key, {}).items():

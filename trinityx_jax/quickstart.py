@@ -17,7 +17,7 @@ from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.convert.source import source_of
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation.answers import side_by_side
-from trinityx_jax.evaluation.collect import collect, evaluated
+from trinityx_jax.evaluation.collect import collect, evaluated, made_by
 from trinityx_jax.evaluation.heldout import evaluate
 from trinityx_jax.evaluation.report import write_report
 from trinityx_jax.experts import TaskVector
@@ -115,7 +115,7 @@ class Quickstart:
         """Drop what is recorded of results that are of other experts or another router than are there now."""
         if self.run.done("quickstart/evaluation") is None:
             return
-        if not evaluated(self.run, "results", self.vectors, self.router):
+        if not evaluated(self.run, "results", *made_by(self.run)):
             for name in ("evaluation", "answers", "exports"):
                 self.run.forget(f"quickstart/{name}")
 

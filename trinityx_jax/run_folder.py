@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,17 @@ class RunFolder:
         info["stages"][stage] = facts
         write_json(self.info_path, info)
 
-    def changed(self, stage: str, settings: Mapping[str, Any]) -> str | None:
-        """The first setting that differs from what ``stage`` was begun with, by its path; None where none does."""
+    def changed(self, stage: str, settings: Mapping[str, Any], only: Sequence[str] = ()) -> str | None:
+        """The first setting that differs from what ``stage`` was begun with, by its path; None where none does.
+
+        Args:
+            only: the settings that count; all, where none is named.
+        """
         begun = self.info()["settings"].get(stage) if self.info_path.exists() else None
-        return None if begun is None else _difference(begun, json.loads(json.dumps(settings)))
+        if begun is None:
+            return None
+        kept = {key: value for key, value in begun.items() if key in only} if only else begun
+        return _difference(kept, json.loads(json.dumps(settings)))
 
     def check_settings(self, stage: str, settings: Mapping[str, Any]) -> bool:
         """Whether ``stage`` is done.

@@ -25,8 +25,7 @@ def collect(run: RunFolder) -> dict[str, Any]:
     info = run.info()
     stages = info["stages"]
     out: dict[str, Any] = {"title": f"TrinityX: {run.path.name}", "model": _model(info), "commands": _commands(run)}
-    vectors, router = load_experts(run.path), load_router(run.path) if "router" in stages else None
-    vectors = vectors if router is None else routed(vectors, router)
+    vectors, router = made_by(run)
     out |= {"experts": list(vectors), "rank": max(max(v.ranks.values()) for v in vectors.values())}
     for name in ("results", "answers"):
         out |= evaluated(run, name, vectors, router)
@@ -48,6 +47,15 @@ def collect(run: RunFolder) -> dict[str, Any]:
     if "perplexity" in out:
         out["claims"] = claims(out)
     return out
+
+
+def made_by(run: RunFolder) -> tuple[dict[str, TaskVector], Router | None]:
+    """A run's experts, and its router where it has one: then as it mixes them."""
+    vectors = load_experts(run.path)
+    if run.done("router") is None:
+        return vectors, None
+    router = load_router(run.path)
+    return routed(vectors, router), router
 
 
 def evaluated(run: RunFolder, name: str, vectors: Mapping[str, TaskVector], router: Router | None) -> dict[str, Any]:
