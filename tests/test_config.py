@@ -87,6 +87,15 @@ def test_overrides_win(tmp_path: Path) -> None:
     assert config.mocae_config().temperature == 0.7
 
 
+def test_a_folder_of_the_seed_is_named_by_it(tmp_path: Path) -> None:
+    values = minimal() | {"seed": 3, "router": {"from": "runs/sharp-{seed}"}}
+    values["experts"]["from"] = {"helpful": "runs/{seed}/experts/helpful"}
+    own = load_config(write(tmp_path, values), ["--seed", "4"], "router")
+    assert own.router.source == "runs/sharp-4" and own.experts.source == {"helpful": "runs/4/experts/helpful"}
+    values["system"] = {"kind": "expert", "expert": "joint-{seed}"}
+    assert load_config(write(tmp_path, values), (), "compare").system.expert == "joint-3"
+
+
 def test_a_path_that_begins_like_a_date(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, minimal()), ["--out", "2025-13-01"]).out == "2025-13-01"
 

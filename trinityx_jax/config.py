@@ -30,6 +30,7 @@ from trinityx_jax.sections import (
 )
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a folder's name on every system
+SEED = "{seed}"  # in experts.from, system.expert and router.from: the configuration's seed
 RESERVED = {"base", "MoCaE", "naive-merge", "uncalibrated"}  # systems that experts are compared with
 
 
@@ -185,7 +186,20 @@ def load_config(
         for key in sorted(used):
             name = section if keys is True else f"{section}.{type(part).model_fields[key].alias or key}"
             raise UserError(f"{where}: {name}: this key has no effect on stage {stage!r}; remove it")
-    return config
+    return _named_by_seed(config)
+
+
+def _named_by_seed(config: RunConfig) -> RunConfig:
+    def own(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: own(part) for name, part in value.items()}
+        return value.replace(SEED, str(config.seed)) if isinstance(value, str) else value
+
+    def filled(section: Any, key: str) -> Any:
+        return section.model_copy(update={key: own(getattr(section, key))})
+
+    parts = {"experts": "source", "router": "source", "system": "expert"}
+    return config.model_copy(update={name: filled(getattr(config, name), key) for name, key in parts.items()})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from trinityx_jax.sections import TEST_ROWS, UNSEEN
 from trinityx_jax.training.settings import SAME_RESULT
 
 log = logging.getLogger(__name__)
-SEED = "{seed}"  # in experts.from, system.expert and router.from: the variant's seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,21 +118,8 @@ def _seeded(
         config = load_config(path, [*overrides, *own], "compare", variant)
         if config.experts.source is None and run and (Path(run) / "experts").is_dir():  # as train-router takes them
             config = config.model_copy(update={"experts": config.experts.model_copy(update={"source": run})})
-        found.append(config if seed is None else _named_by_seed(config, seed))
+        found.append(config)
     return found
-
-
-def _named_by_seed(config: RunConfig, seed: int) -> RunConfig:
-    def own(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: own(part) for name, part in value.items()}
-        return value.replace(SEED, str(seed)) if isinstance(value, str) else value
-
-    def filled(section: Any, key: str) -> Any:
-        return section.model_copy(update={key: own(getattr(section, key))})
-
-    parts = {"experts": "source", "router": "source", "system": "expert"}
-    return config.model_copy(update={name: filled(getattr(config, name), key) for name, key in parts.items()})
 
 
 def recipe(config: RunConfig) -> dict[str, Any]:

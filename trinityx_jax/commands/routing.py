@@ -81,7 +81,7 @@ def compare(
         out: folder of the variants' runs, of comparison.json and .md, and of measurements.npz (see trinityx table); by
             default compare in the configuration's out.
         seeds: such as 0,1,2: each variant once for each, averaged; {seed} in experts.from, system.expert and
-            router.from stands for it.
+            router.from is that seed.
         against: the variant that others are compared with, row by row; by default the first.
     """
     files = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
