@@ -219,13 +219,14 @@ def router_loss(
     nll = supervised_nll(base, config, hidden, batch)
     task = jnp.sum(nll) / jnp.maximum(jnp.sum(batch["valid"]), 1)
     pi, mask = token_routing(aux), batch["mask"]
-    selecting = mocae.gate == "token" and mocae.top_k is not None  # what was left out has no gradient
-    forecast = probabilities(token_routing(aux, "z"), router.temperature, None) if selecting else pi
+    whole = pi  # before top_k: what a selection leaves out has no gradient, and the one expert of a top 1 neither
+    if mocae.top_k is not None:
+        whole = probabilities(token_routing(aux, "z"), router.temperature, None)
     parts = {
         "loss_task": task,
-        "loss_entropy": losses.entropy_loss(pi, mask, mocae.entropy),
-        "loss_kl": losses.kl_loss(pi, mask, previous, mocae.kl),
-        "loss_gate": losses.gate_loss(forecast, mask, batch["objective"], mocae.gate),
+        "loss_entropy": losses.entropy_loss(whole, mask, mocae.entropy),
+        "loss_kl": losses.kl_loss(whole, mask, previous, mocae.kl),
+        "loss_gate": losses.gate_loss(whole, mask, batch["objective"], mocae.gate),
     }
     if mocae.lambda_balance:
         z = token_routing(aux, "z")
@@ -239,8 +240,9 @@ def router_loss(
             total = total + weight * parts[f"loss_{name}"]
     hit, real = losses.gate_hits(pi, mask, batch["objective"])
     parts["gate_accuracy"] = jnp.sum(hit) / jnp.maximum(jnp.sum(real), 1)
-    found = routing_statistics(pi, mask > 0, previous=previous)
-    return total, {**parts, **found.means(), "mean_routing": found.load}
+    mean = losses.mean_routing(whole, mask)
+    parts |= routing_statistics(pi, mask > 0).means() | {"kl": jnp.mean(losses.divergence(mean, previous))}
+    return total, parts | {"mean_routing": mean}
 
 
 def router_step(
