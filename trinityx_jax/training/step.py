@@ -208,7 +208,8 @@ def router_loss(
     """L = L_task and, each by its lambda, L_entropy, L_KL, L_gate (paper 3.2, METHOD 2), L_balance, L_norm.
 
     Returns:
-        the loss; its parts, ``gate_accuracy``, means of ``routing_statistics``, and the batch's mean routing [L,E].
+        the loss; its parts, ``gate_accuracy``, means of ``routing_statistics``, and the batch's mean routing
+        before ``top_k`` selects [L,E].
     """
     router, experts = after_stage_2(trained, router, experts)
     mocae = router.config
