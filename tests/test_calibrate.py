@@ -392,7 +392,8 @@ def test_a_run_that_is_not_as_it_was_trained_is_refused(
     path.write_text(yaml.safe_dump(whole))
     assert cli.main(["calibrate", str(run), "--fit", "none"]) == 0
     source.write_text(source.read_text() + "Who?,Nobody,Nobody,Somebody\n")
-    assert "data.honest: its file, or that of its test rows, is not what the router was trained with" in refused()
+    said = refused()
+    assert f"data.honest: {source} or " in said and " is another file than the router was trained with" in said
     source.unlink()
     shutil.rmtree(run / "experts" / "honest")
     assert "the router routes to 'honest'; the run's experts are helpful, harmless" in refused()

@@ -165,6 +165,19 @@ def test_a_mix_names_other_entries_which_need_no_expert(tmp_path: Path) -> None:
         (["--train.steps", "5", "--train.steps", "6"], "--train.steps: this override stands twice"),
         (["--train.steps"], "needs a value"),
         (["train.steps", "3"], "expected --key.sub VALUE"),
+        (
+            [
+                "--data.kind",
+                "{source: k.json, format: alpaca}",
+                "--experts.names",
+                "[helpful, kind]",
+                "--mocae.top_k",
+                "1",
+                "--mocae.preset",
+                "xlora",
+            ],
+            r"mocae\.top_k: no router learns from one expert's weight",
+        ),
         (["--model.size", "3"], "'model' is a value, not a section"),
     ],
 )

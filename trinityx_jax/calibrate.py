@@ -165,7 +165,8 @@ def _check_rows(config: RunConfig, run: RunFolder) -> None:
         return
     kind, _, name = changed.partition(".")
     if kind == "files":
-        raise UserError(f"data.{name}: its file, or that of its test rows, is not what the router was trained with")
+        places = " or ".join(place for place in (config.data[name].source, config.data[name].test) if place)
+        raise UserError(f"data.{name}: {places} is another file than the router was trained with; train it anew")
     raise UserError(f"{run.path / 'config-router.yaml'}: {changed} is not what the router was trained with")
 
 

@@ -71,6 +71,9 @@ class RunConfig(Section):
             raise ValueError(f"mocae.top_k: {mocae.top_k} of {len(names)} experts cannot be selected")
         if mocae.lambda_balance and mocae.top_k == len(names):
             raise ValueError("mocae.lambda_balance: has no effect where top_k selects all experts")
+        losses = (mocae.lambda_entropy, mocae.lambda_kl, mocae.lambda_gate, mocae.lambda_balance)
+        if mocae.top_k == 1 < len(names) and not any(losses):
+            raise ValueError("mocae.top_k: no router learns from one expert's weight, always 1; set a lambda_gate")
         source = self.experts.source
         if isinstance(source, dict) and set(source) - {*names, mocae.gamma_reference}:
             other = sorted(set(source) - set(names))[0]
@@ -190,6 +193,8 @@ def load_config(
 
 
 def _named_by_seed(config: RunConfig) -> RunConfig:
+    """With the seed in the places of experts and routers that name it."""
+
     def own(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: own(part) for name, part in value.items()}

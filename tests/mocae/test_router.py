@@ -134,7 +134,6 @@ QUIET = {**{f"lambda_{name}": 0.0 for name in LAMBDAS}, "calibration": "none"}
         *(({"dropout": bad}, "dropout") for bad in (1.0, -0.1)),
         *(({"top_k": bad}, "top_k") for bad in (0, -1, 1.5, "2", True)),
         *(({name: bad}, name) for name in FLAGS for bad in ("yes", 1, None)),
-        ({**QUIET, "top_k": 1}, "top_k: of one expert's weight"),
         ({"train_norm": True}, "train_norm"),
         ({"output": "gated"}, "output: 'gated' needs train_norm"),
         *(({"mixing": how, "weight": "anchored"}, f"mixing: '{how}'") for how in ("weights", "full")),

@@ -105,9 +105,6 @@ class MoCaEConfig:
             raise UserError("mocae.gamma_dynamic: follows frozen experts' losses; it does not go with train_experts")
         if self.lambda_balance and self.top_k is None:
             raise UserError("mocae.lambda_balance: has no effect without a top_k that leaves experts out")
-        losses = (self.lambda_entropy, self.lambda_kl, self.lambda_gate, self.lambda_balance)
-        if self.top_k == 1 and self.routing == "learned" and not any(losses):
-            raise UserError("mocae.top_k: of one expert's weight, which always is 1, no router learns; set lambda_gate")
         if self.train_gamma and self.gamma_dynamic:
             raise UserError("mocae.gamma_dynamic: gamma is trained (train_gamma); choose one")
         if self.train_norm and self.output == "prenorm":

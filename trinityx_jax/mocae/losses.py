@@ -1,5 +1,6 @@
-"""Routing losses (paper 3.2, METHOD 2). All take pi [B,S,L,E] in float32, before any selection, and a token mask [B,S].
+"""Routing losses (paper 3.2, METHOD 2). All take pi [B,S,L,E] in float32 and a token mask [B,S].
 
+To learn from, pi is that of all experts, before ``top_k`` selects some; statistics take the selected one too.
 Where rows share slots the mask numbers them: 0 at padding, 1 to R at the tokens of each row. Otherwise it is boolean,
 each slot is a row, and R is B.
 """

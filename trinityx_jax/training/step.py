@@ -219,10 +219,9 @@ def router_loss(
     )  # fmt: skip
     nll = supervised_nll(base, config, hidden, batch)
     task = jnp.sum(nll) / jnp.maximum(jnp.sum(batch["valid"]), 1)
-    pi, mask = token_routing(aux), batch["mask"]
-    whole = pi  # before top_k: what a selection leaves out has no gradient, and the one expert of a top 1 neither
-    if mocae.top_k is not None:
-        whole = probabilities(token_routing(aux, "z"), router.temperature, None)
+    pi, z, mask = token_routing(aux), token_routing(aux, "z"), batch["mask"]
+    # before top_k: what a selection leaves out has no gradient, and the one weight of a top 1 neither
+    whole = pi if mocae.top_k is None else probabilities(z, router.temperature, None)
     parts = {
         "loss_task": task,
         "loss_entropy": losses.entropy_loss(whole, mask, mocae.entropy),
@@ -230,7 +229,6 @@ def router_loss(
         "loss_gate": losses.gate_loss(whole, mask, batch["objective"], mocae.gate),
     }
     if mocae.lambda_balance:
-        z = token_routing(aux, "z")
         parts["loss_balance"] = losses.balance_loss(z, router.temperature, mask, mocae.top_k)
     if mocae.lambda_norm:
         assert not isinstance(experts, Prepared)  # it is refused of frozen experts
