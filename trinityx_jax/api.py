@@ -18,6 +18,7 @@ from trinityx_jax.mocae import Router, hidden_states, token_routing
 from trinityx_jax.mocae.config import preset as named_preset
 from trinityx_jax.mocae.router import init_router as new_router
 from trinityx_jax.mocae.statistics import RoutingStatistics, routing_statistics
+from trinityx_jax.parallel.sharding import on_mesh
 from trinityx_jax.runs import check_base, gamma_reference
 
 
@@ -102,7 +103,8 @@ def forward(
     stacked, static = combine(backbone.config, experts, router, weights)
     tokens = jnp.asarray(tokens, jnp.int32)
     real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
-    logits, pi = _forward(backbone.params, tokens, real, stacked, router, static, config=backbone.config)
+    with on_mesh(backbone.params):
+        logits, pi = _forward(backbone.params, tokens, real, stacked, router, static, config=backbone.config)
     if not statistics:
         return logits, pi
     return logits, pi, routing_statistics(pi, real, labels, before)

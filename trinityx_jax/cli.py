@@ -106,7 +106,8 @@ def train_experts(config: Config, overrides: Overrides = ()) -> int:
     if not expert_stage.pending(settings):
         print(f"{run.path / 'experts'}: done before" + (", with the same settings" if settings.train.experts else ""))
         return OK
-    vectors = expert_stage.train_experts(settings, load_backbone(settings.model, settings.dtype))
+    backbone = load_backbone(settings.model, settings.dtype, mesh=settings.mesh)
+    vectors = expert_stage.train_experts(settings, backbone)
     for name in vectors:
         print(f"wrote {run.path / 'experts' / name}")
     return OK
@@ -128,7 +129,7 @@ def train_router(config: Config, overrides: Overrides = ()) -> int:
     if router_stage.router_done(settings):
         print(f"{run.path / 'router'}: done before")
         return OK
-    backbone = load_backbone(settings.model, settings.dtype)
+    backbone = load_backbone(settings.model, settings.dtype, mesh=settings.mesh)
     router_stage.train_router(settings, backbone, router_stage.stage_experts(settings, backbone))
     print(f"wrote {run.path / 'router'}")
     return OK

@@ -34,7 +34,7 @@ from trinityx_jax.mocae.calibration import pooled_rows, row_weights
 from trinityx_jax.progress import progress
 from trinityx_jax.run_folder import RunFolder, run_of
 from trinityx_jax.runs import load_experts, load_router, one_expert, router_digest, source_folders, with_paths
-from trinityx_jax.sections import TEST_ROWS, SystemConfig
+from trinityx_jax.sections import TEST_ROWS, MeshConfig, SystemConfig
 from trinityx_jax.training.router_stage import check_router, router_done, stage_experts, train_router
 from trinityx_jax.training.seen import warn_of_test
 from trinityx_jax.variants import Variant, check_experts, recipe
@@ -48,7 +48,7 @@ class Comparison:
 
     def __init__(self, variants: Sequence[Variant], out: str | Path):
         self.variants, self.out = variants, Path(out)
-        self._backbones: dict[tuple[str, str], Backbone] = {}
+        self._backbones: dict[tuple[str, str, MeshConfig], Backbone] = {}
         self._first = variants[0].configs[0]  # what all have in common is read from it: ``_check``
         self._base: dict[str, System] = {}
         self._found: dict[str, Columns] = {}  # by digest: the base is the same for every seed
@@ -253,9 +253,9 @@ class Comparison:
         return Columns(found, cost(system, self._base_system(config), held.chosen))
 
     def _backbone(self, config: RunConfig) -> Backbone:
-        key = (config.model, config.dtype)
+        key = (config.model, config.dtype, config.mesh)
         if key not in self._backbones:
-            self._backbones[key] = load_backbone(*key)
+            self._backbones[key] = load_backbone(config.model, config.dtype, mesh=config.mesh)
         return self._backbones[key]
 
     def _base_system(self, config: RunConfig) -> System:

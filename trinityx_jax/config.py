@@ -23,6 +23,7 @@ from trinityx_jax.sections import (
     DataConfig,
     EvaluateConfig,
     ExpertsConfig,
+    MeshConfig,
     RouterConfig,
     Section,
     SystemConfig,
@@ -47,6 +48,7 @@ class RunConfig(Section):
     router: RouterConfig = RouterConfig()
     mocae: dict[str, Any] = Field(default_factory=dict)
     system: SystemConfig = SystemConfig()
+    mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
@@ -115,6 +117,7 @@ SECTIONS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "router": RouterConfig,
     "system": SystemConfig,
+    "mesh": MeshConfig,
     "checkpoint": CheckpointConfig,
     "evaluate": EvaluateConfig,
 }

@@ -25,6 +25,7 @@ from trinityx_jax.exports import facts_of
 from trinityx_jax.mocae import Router
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import load_experts, load_router, load_uncalibrated
+from trinityx_jax.sections import MeshConfig
 from trinityx_jax.training.expert_stage import pending, train_experts
 from trinityx_jax.training.router_stage import router_settings, train_router
 
@@ -68,7 +69,7 @@ class Quickstart:
         """Loaded when the first unfinished stage needs it."""
         if self._backbone is None:
             print(f"backbone: loading {self.model}", flush=True)
-            self._backbone = load_backbone(self.model, dtype="float32")
+            self._backbone = load_backbone(self.model, dtype="float32", mesh=MeshConfig())
             self.run.open(self._backbone, self.model)
         return self._backbone
 

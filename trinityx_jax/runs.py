@@ -27,6 +27,7 @@ from trinityx_jax.files import atomic_dir, read_json, write_json
 from trinityx_jax.mocae import MoCaEConfig, Router
 from trinityx_jax.mocae.router import check_shapes, check_values
 from trinityx_jax.run_folder import FORMAT, UNCALIBRATED, RunFolder
+from trinityx_jax.sections import MeshConfig
 
 log = logging.getLogger(__name__)
 SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # of an adapter's settings, what scales it
@@ -333,7 +334,7 @@ def open_run(path: str | Path, routed: bool = False) -> OpenRun:
     folder = RunFolder(path)
     base = folder.info()["base"]
     router = load_router(path, base["fingerprint"]) if routed or folder.done("router") else None
-    backbone = load_backbone(base["model"], base["dtype"])
+    backbone = load_backbone(base["model"], base["dtype"], mesh=MeshConfig())
     vectors = load_experts(path, base["fingerprint"], backbone.config)
     check_base(f"{path}: the run", base["fingerprint"], backbone.fingerprint)
     return OpenRun(folder, base["model"], backbone, vectors, router)

@@ -191,6 +191,26 @@ class TrainConfig(Section):
         return self
 
 
+class MeshConfig(Section):
+    """Devices along each axis of the mesh, all devices of all hosts together.
+
+    ``data`` and ``fsdp`` divide a batch's rows, ``fsdp`` also the weights, ``tensor`` the products inside a layer,
+    ``expert`` the experts. ``auto``: as few parts of the base as fit in half of a device's memory, the rest for data.
+    """
+
+    data: int | Literal["auto"] = "auto"
+    fsdp: int | Literal["auto"] = "auto"
+    tensor: int = Field(default=1, ge=1)
+    expert: int = Field(default=1, ge=1)
+
+    @pydantic.field_validator("data", "fsdp")
+    @classmethod
+    def _at_least_one(cls, size: Any) -> Any:
+        if isinstance(size, int) and size < 1:
+            raise ValueError("must be at least 1, or auto")
+        return size
+
+
 class RouterConfig(Section):
     """``from``: a trained router, of a run or its folder, that stage 2 starts with; it may know fewer experts."""
 

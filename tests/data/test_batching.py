@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trinityx_jax.data.batching import Batch, RowOrder, TrainingBatches, bucket, evaluation_batches, joined, make_batch
+from trinityx_jax.data.batching import (
+    Batch,
+    RowOrder,
+    Split,
+    TrainingBatches,
+    bucket,
+    evaluation_batches,
+    joined,
+    make_batch,
+)
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 
@@ -165,8 +174,8 @@ def test_where_and_labels_are_exactly_the_answers(rows: list[Encoded | None], pa
         assert batch.tokens.ravel()[where[own] + 1].tolist() == labels[own].tolist()
         assert (where[own] % size).tolist() == list(range(r.prompt_length - 1, count - 1))
     assert len(where) == sum(len(r.ids) - r.prompt_length for r in rows if r is not None)
-    assert len(batch.where) == len(batch.labels) == len(batch.valid) == batch.tokens.size
-    assert not np.any(batch.valid[len(where) :])  # first come the valid ones
+    assert batch.where.shape == batch.labels.shape == batch.valid.shape == (1, batch.tokens.size)
+    assert not np.any(batch.valid[0, len(where) :])  # first come the valid ones
     assert {k: v.dtype for k, v in batch.arrays().items()} == {
         "tokens": np.int32, "mask": bool, "where": np.int32, "labels": np.int32, "valid": bool, "objective": np.int32,
     }  # fmt: skip
@@ -179,7 +188,7 @@ def test_joined_rows_are_the_same_rows_in_fewer_positions(rows: list[Encoded | N
     batch, plain = joined(rows, objective, EOS, longest), make_batch(rows, objective, EOS)
     assert batch.objective.tolist() == objective
     assert batch.tokens.size <= 1.5 * plain.tokens.size
-    assert len(batch.where) == len(batch.labels) == len(batch.valid) == batch.tokens.size
+    assert batch.where.shape == batch.labels.shape == batch.valid.shape == (1, batch.tokens.size)
     flat, where, labels = batch.mask.ravel(), batch.where[batch.valid], batch.labels[batch.valid]
     assert set(flat[flat > 0]) == {i + 1 for i, r in enumerate(rows) if r is not None}
     for number, r in enumerate(rows, 1):
@@ -194,6 +203,67 @@ def test_joined_rows_are_the_same_rows_in_fewer_positions(rows: list[Encoded | N
         assert batch.tokens.ravel()[where[own] + 1].tolist() == labels[own].tolist()
     assert np.all(batch.tokens.ravel()[flat == 0] == EOS)
     assert len(where) == sum(len(r.ids) - r.prompt_length for r in rows if r is not None)
+
+
+def whole(batch: Batch) -> tuple[dict[int, bytes], set[tuple[int, int]]]:
+    """A batch's slots that hold something, by number; every label with the token before it, by its slot."""
+    parts, size = len(batch.where), batch.tokens.shape[1]
+    slot = batch.where // size + np.arange(parts)[:, None] * (len(batch.tokens) // parts)
+    for part in batch.valid:
+        assert not np.any(part[part.sum() :])
+    slots = {i: batch.tokens[i].tobytes() for i in range(len(batch.tokens)) if np.any(batch.mask[i])}
+    flat = (slot * size + batch.where % size)[batch.valid]
+    assert np.array_equal(batch.tokens.ravel()[flat + 1], batch.labels[batch.valid])
+    return slots, set(zip(slot[batch.valid].tolist(), batch.labels[batch.valid].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("split", [Split(2), Split(8), Split(4, experts=2), Split(2, experts=2), Split(6, experts=3)])
+@pytest.mark.parametrize("join", [False, True])
+def test_divided_slots_hold_what_undivided_ones_do(split: Split, join: bool) -> None:
+    """In groups that hold each objective's rows in turn, or each group of devices its own experts'."""
+    rows = {name: [row(100 * k + i, i % 20 + 1, i % 9 + 1) for i in range(13)] for k, name in enumerate("abcd")}
+    alone, divided = (TrainingBatches(rows, 4, EOS, seed=5, join=join, split=s) for s in (Split(), split))
+    for k in range(4):
+        one, other = alone[k], divided[k]
+        (before, labels), (after, theirs) = whole(one), whole(other)
+        assert sorted(before.values()) == sorted(after.values()) or join
+        assert sorted(label for _, label in labels) == sorted(label for _, label in theirs)
+        assert one.token_count == other.token_count == (other.mask > 0).sum()
+        assert len(other.tokens) % split.shards == 0 and other.where.shape[0] == split.shards
+        if join:
+            assert np.array_equal(one.objective, other.objective)
+            continue
+        groups = split.groups(4)
+        own = other.objective.reshape(groups, 4, -1)
+        assert (own == np.arange(4)[None, :, None]).all()  # of each group, each objective's rows in turn
+        for g in range(groups):
+            for e in range(4):
+                slots = [other.tokens.reshape(groups, 4, -1, other.tokens.shape[1])[g, e, i].tobytes()
+                         for i in range(own.shape[2])]  # fmt: skip
+                mine = [one.tokens[e * 4 + g * own.shape[2] + i].tobytes() for i in range(own.shape[2])
+                        if g * own.shape[2] + i < 4]  # fmt: skip
+                assert slots[: len(mine)] == mine
+
+
+def test_a_host_makes_its_own_shards_alone() -> None:
+    rows = {name: [row(100 * k + i, i % 20 + 1, i % 9 + 1) for i in range(13)] for k, name in enumerate("abc")}
+    for join in (False, True):
+        everything = TrainingBatches(rows, 4, EOS, seed=5, join=join, split=Split(4))
+        hosts = [TrainingBatches(rows, 4, EOS, seed=5, join=join, split=Split(4, own=own)) for own in ((0, 2), (1, 3))]
+        for k in range(4):
+            batch, (first, second) = everything[k], (host[k] for host in hosts)
+            for name in ("tokens", "mask", "where", "labels", "valid"):
+                parts = np.split(getattr(batch, name), 4)
+                assert np.array_equal(getattr(first, name), np.concatenate([parts[0], parts[2]]))
+                assert np.array_equal(getattr(second, name), np.concatenate([parts[1], parts[3]]))
+            assert batch.token_count == first.token_count == second.token_count
+            assert np.array_equal(batch.objective, first.objective)
+
+
+def test_micro_batches_that_shards_do_not_divide_are_refused() -> None:
+    rows = {"a": [row(i, 3, 2) for i in range(8)]}
+    with pytest.raises(UserError, match=r"train\.accumulate: parts of 2 rows .* 4 devices' shards"):
+        TrainingBatches(rows, 4, EOS, seed=0, accumulate=2, split=Split(4))
 
 
 def test_joining_changes_no_batch_s_rows_and_few_shapes_are_made() -> None:

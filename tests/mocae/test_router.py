@@ -197,8 +197,8 @@ EXPERTS = stack(list(VECTORS.values()))
 TOKENS = DRAW.integers(0, 20, (3, 6))
 MASK = np.arange(6) < np.array([[6], [4], [5]])
 BATCH = {
-    "tokens": jnp.asarray(TOKENS), "mask": jnp.asarray(MASK), "where": jnp.asarray([2, 3, 8, 14]),
-    "labels": jnp.asarray([1, 5, 7, 2]), "valid": jnp.ones(4, bool), "objective": jnp.arange(3),
+    "tokens": jnp.asarray(TOKENS), "mask": jnp.asarray(MASK), "where": jnp.asarray([[2, 3, 8, 14]]),
+    "labels": jnp.asarray([[1, 5, 7, 2]]), "valid": jnp.ones((1, 4), bool), "objective": jnp.arange(3),
 }  # fmt: skip
 
 

@@ -146,7 +146,7 @@ def test_supervised_nll_is_the_plain_cross_entropy_of_the_answers(
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
     count = int(BATCH["valid"].sum())
     assert count == sum(len(r.ids) - r.prompt_length for r in ROWS)
-    assert len(BATCH["where"]) % 5
+    assert BATCH["where"].size % 5
     assert count % 5
 
     def ours(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -156,6 +156,7 @@ def test_supervised_nll_is_the_plain_cross_entropy_of_the_answers(
 
     (value, nll), slope = jax.jit(jax.value_and_grad(ours, has_aux=True))(hidden)
     assert nll.shape == BATCH["where"].shape
+    (nll,) = nll
     assert not np.any(nll[count:])
     np.testing.assert_allclose(nll[:count], dense_loss(config, base, hidden, ROWS), rtol=1e-5)
     dense = jax.value_and_grad(lambda h: jnp.mean(dense_loss(config, base, h, ROWS)))
@@ -490,5 +491,5 @@ def named(leaf: tuple[Any, Any]) -> tuple[str, Any]:
 
 
 def test_a_batch_is_what_a_step_takes() -> None:
-    assert set(BATCH) == {f.name for f in dataclasses.fields(Batch)}
+    assert {*BATCH, "token_count"} == {f.name for f in dataclasses.fields(Batch)}
     assert BATCH["objective"].tolist() == OBJECTIVE

@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from trinityx_jax.backbone.axes import constrain
 from trinityx_jax.backbone.config import BackboneConfig
 
 
@@ -32,9 +33,10 @@ class Cache:
 def empty_cache(config: BackboneConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
     """A cache for ``slots`` positions in all, prompt and answer together."""
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    zeros = constrain(jnp.zeros(shape, dtype), "layers", "batch", None, "kv_heads", None)
     return Cache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys=zeros,
+        values=zeros,
         filled=jnp.zeros((batch, slots), bool),
         length=jnp.zeros((), jnp.int32),
     )

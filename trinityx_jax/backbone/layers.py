@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from trinityx_jax.backbone.attention import cached_attention, causal_attention
+from trinityx_jax.backbone.axes import constrain
 from trinityx_jax.backbone.products import kept, matmul, narrower
 from trinityx_jax.backbone.rope import RopeScaling, inverse_frequencies
 
@@ -89,7 +90,8 @@ def attention(
     apply = project or (lambda _, w, x: linear(w, x))
 
     def heads(name: str) -> jax.Array:
-        return apply(name, weights[name], u).reshape(batch, length, -1, head_dim)
+        split = apply(name, weights[name], u).reshape(batch, length, -1, head_dim)
+        return constrain(split, "batch", "position", "heads" if name == "q" else "kv_heads", None)
 
     kind = narrower(u, weights["q"]["kernel"])
     q, k, v = (kept(x, kind) for x in (rotate(heads("q"), *rotary), rotate(heads("k"), *rotary), heads("v")))

@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from trinityx_jax.backbone import layers
+from trinityx_jax.backbone.axes import constrain
 from trinityx_jax.backbone.cache import Cache
 from trinityx_jax.backbone.config import BackboneConfig
 from trinityx_jax.backbone.products import KEPT, bits, kept, matmul, unpacked
 
 Params = Mapping[str, Any]
+RESIDUAL = ("batch", "position", "hidden")  # logical axes of h [B,S,D]
 NO_WINDOW = 2**30  # positions; more than any sequence has
 # What the backward pass finds of a layer: values marked ``kept``; its input alone. "none" makes nothing again.
 REMAT = {
@@ -131,6 +133,7 @@ class Block(nn.Module):
         with jax.named_scope("feed_forward"):
             u = layers.rms_norm(h, Norm(d, c.norm_offset, name="mlp_norm")(), c.rms_norm_eps, c.norm_offset)
             h, aux = self.feed_forward(mlp, h, u, layer.get("inputs"))
+        h = constrain(h, *RESIDUAL)
         if handed is not None:
             aux = dict(aux)
             handed = aux.pop("handed")
@@ -163,6 +166,7 @@ class Decoder(nn.Module):
         h = unpacked(jnp.take(bits(table), tokens, axis=0)).astype(self.dtype)
         if c.scale_embedding:  # the factor is rounded to the dtype, as the model was trained
             h = h * jnp.asarray(c.hidden_size**0.5, self.dtype)
+        h = constrain(h, *RESIDUAL)
         shared, layer = _attention_inputs(c, mask, cache)
         layer["inputs"] = inputs
         block = Block
@@ -238,6 +242,13 @@ def unembed(params: Params, config: BackboneConfig, hidden: jax.Array) -> jax.Ar
 def unembed_transposed(params: Params, config: BackboneConfig, slope: jax.Array, dtype: Any) -> jax.Array:
     """What ``unembed`` gives back for a slope [...,V] of its logits: [...,D] in ``dtype``."""
     return _vocabulary(params, config, slope, jnp.dtype(dtype), not config.tie_embeddings).astype(dtype)
+
+
+def with_whole_head(params: Params, config: BackboneConfig) -> Params:
+    """The parameters, with what ``unembed`` reads gathered from where features are divided: for use in a loop."""
+    if not config.tie_embeddings:
+        return {**params, "lm_head": {"kernel": constrain(params["lm_head"]["kernel"], None, "vocab")}}
+    return {**params, "embed": {"embedding": constrain(params["embed"]["embedding"], "vocab", None)}}
 
 
 def _vocabulary(params: Params, config: BackboneConfig, x: jax.Array, dtype: Any, transposed: bool) -> jax.Array:

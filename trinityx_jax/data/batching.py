@@ -21,32 +21,53 @@ Slot = Sequence[Encoded]  # what stands in one row of a batch: nothing, one row 
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """Arrays of one batch: B slots, S positions, N = B S places for supervised positions (``valid`` ones first).
+class Split:
+    """How a batch's slots are divided among devices: in ``shards`` of one after another.
 
-    ``where`` are flat indices slot * S + t of the hidden state that predicts ``labels``; supervised
-    positions are chosen by place in the row, never by token id. Where gradients are accumulated, every
-    field has an axis of parts first.
+    ``experts``: of the shards beside one another, so many hold different experts' rows where that divides the experts.
+    ``own``: the shards that are made here, by their numbers; None is all.
+    """
+
+    shards: int = 1
+    experts: int = 1
+    own: tuple[int, ...] | None = None
+
+    def groups(self, count: int) -> int:
+        """In how many groups, each of rows of all experts, those of ``count`` experts stand."""
+        return self.shards if count % self.experts else self.shards // self.experts
+
+    def padded(self, slots: int) -> int:
+        """So many slots, rounded up to what the shards divide."""
+        return -(-slots // self.shards) * self.shards
+
+
+WHOLE = Split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Arrays of one batch: B slots, S positions, and P parts (shards) of B/P slots, each with N places for supervised
+    positions, ``valid`` ones first.
+
+    ``where`` are flat indices slot * S + t, within the part, of the hidden state that predicts ``labels``;
+    supervised positions are chosen by place in the row, never by token id. Where gradients are accumulated, every
+    field has an axis of micro-batches first.
 
     A slot holds one row, several of its objective, or (``joined``) of any: then mask numbers the batch's rows, and
-    objective [R] is theirs.
+    objective [R] is theirs. Where a ``Split`` says which shards are made here, B and P are theirs alone.
     """
 
     tokens: np.ndarray  # [B,S] int32
     mask: np.ndarray  # [B,S] bool; of packed rows int32: 0 at padding, 1, 2, ... in each packed example
-    where: np.ndarray  # [N] int32
-    labels: np.ndarray  # [N] int32
-    valid: np.ndarray  # [N] bool
-    objective: np.ndarray  # [B] int32; [R] of joined rows
+    where: np.ndarray  # [P,N] int32
+    labels: np.ndarray  # [P,N] int32
+    valid: np.ndarray  # [P,N] bool
+    objective: np.ndarray  # [B] int32 of all shards; [R] of joined rows
+    token_count: int  # real ones of all shards, padding apart
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The fields as a dict, which is what a compiled step takes."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-    @property
-    def token_count(self) -> int:
-        """Real tokens, padding apart."""
-        return int((self.mask > 0).sum())
+        """The fields that are arrays as a dict, which is what a compiled step takes."""
+        return {f.name: x for f in dataclasses.fields(self) if isinstance(x := getattr(self, f.name), np.ndarray)}
 
 
 def bucket(length: int) -> int:
@@ -61,6 +82,7 @@ def make_batch(
     pad_id: int,
     length: int | None = None,
     packed: bool = False,
+    split: Split = WHOLE,
 ) -> Batch:
     """Right-pad rows to one length. None is an empty row: no token, nothing learned.
 
@@ -69,11 +91,13 @@ def make_batch(
     """
     slots: list[Slot] = [() if r is None else (r,) if isinstance(r, Encoded) else r for r in rows]
     size = length or bucket(max((_tokens(slot) for slot in slots), default=0))
-    batch = filled([list(enumerate(slot, 1)) for slot in slots], objective, pad_id, size)
+    batch = filled([list(enumerate(slot, 1)) for slot in slots], objective, pad_id, size, split)
     return batch if packed else dataclasses.replace(batch, mask=batch.mask > 0)
 
 
-def joined(rows: Sequence[Encoded | None], objective: Sequence[int], pad_id: int, longest: int) -> Batch:
+def joined(
+    rows: Sequence[Encoded | None], objective: Sequence[int], pad_id: int, longest: int, split: Split = WHOLE
+) -> Batch:
     """The rows [R] in about as few positions as hold them, whatever their objectives: what a batch's losses see is the
     same, and short rows are not padded to the length of long ones.
 
@@ -85,11 +109,11 @@ def joined(rows: Sequence[Encoded | None], objective: Sequence[int], pad_id: int
     lengths = np.asarray([0 if row is None else len(row.ids) for row in rows])
     order = [int(i) for i in np.argsort(-lengths, kind="stable") if lengths[i]]
     plans = {size: best_fit(lengths, order, size) for size in (bucket(longest), bucket(int(lengths.max())))}
-    slots = {size: min(_few(len(plan)), len(rows)) for size, plan in plans.items()}
+    slots = {size: split.padded(min(_few(len(plan)), len(rows))) for size, plan in plans.items()}
     least = min(size * count for size, count in slots.items())
     size = next(size for size, count in slots.items() if size * count <= 1.5 * least)
     plan = [[(i + 1, rows[i]) for i in slot] for slot in plans[size]]
-    return filled(plan + [[]] * (slots[size] - len(plan)), objective, pad_id, size)
+    return filled(plan + [[]] * (slots[size] - len(plan)), objective, pad_id, size, split)
 
 
 def _few(count: int) -> int:
@@ -98,8 +122,26 @@ def _few(count: int) -> int:
     return -(-count // step) * step
 
 
-def filled(slots: Sequence[Sequence[tuple[int, Encoded]]], objective: Sequence[int], pad_id: int, size: int) -> Batch:
+def filled(
+    slots: Sequence[Sequence[tuple[int, Encoded]]],
+    objective: Sequence[int],
+    pad_id: int,
+    size: int,
+    split: Split = WHOLE,
+) -> Batch:
     """Slots of numbered rows, one after another: the mask holds the numbers."""
+    assert len(slots) % split.shards == 0
+    per = len(slots) // split.shards
+    own = range(split.shards) if split.own is None else split.own
+    parts = [_filled(slots[i * per : (i + 1) * per], pad_id, size) for i in own]
+    tokens, segments = (np.concatenate([part[k] for part in parts]) for k in (0, 1))
+    where, labels, valid = (np.stack([part[k] for part in parts]) for k in (2, 3, 4))
+    count = sum(len(row.ids) for slot in slots for _, row in slot)
+    return Batch(tokens, segments, where, labels, valid, np.asarray(objective, np.int32), count)
+
+
+def _filled(slots: Sequence[Sequence[tuple[int, Encoded]]], pad_id: int, size: int) -> tuple[np.ndarray, ...]:
+    """(tokens, segments, where, labels, valid) of one part's slots."""
     tokens = np.full((len(slots), size), pad_id, np.int32)
     segments = np.zeros((len(slots), size), np.int32)
     where: list[np.ndarray] = [np.zeros(0, int)]
@@ -116,7 +158,7 @@ def filled(slots: Sequence[Sequence[tuple[int, Encoded]]], objective: Sequence[i
     out_where, out_labels = np.zeros(tokens.size, np.int32), np.zeros(tokens.size, np.int32)
     valid = np.zeros(tokens.size, bool)
     out_where[: len(flat)], out_labels[: len(flat)], valid[: len(flat)] = flat, np.concatenate(labels), True
-    return Batch(tokens, segments, out_where, out_labels, valid, np.asarray(objective, np.int32))
+    return tokens, segments, out_where, out_labels, valid
 
 
 def _tokens(slot: Slot) -> int:
@@ -194,6 +236,9 @@ class RowOrder:
 class TrainingBatches:
     """Batch k: ``batch_size`` slots of every objective, grouped in the objectives' order.
 
+    On several devices each has rows of every objective, or ``split`` says of which: the slots stand in
+    ``split.groups`` groups, and every objective's share is filled up with empty ones to what those divide.
+
     Args:
         accumulate: parts that a batch is served in, each with its share of every objective's slots.
         pack: tokens of a slot that several rows are packed into; None: a row each, lengths by bucket.
@@ -210,8 +255,15 @@ class TrainingBatches:
         accumulate: int = 1,
         pack: int | None = None,
         join: bool = False,
+        split: Split = WHOLE,
     ):
         assert not join or (accumulate == 1 and pack is None)
+        if accumulate > 1 and batch_size // accumulate % split.shards:
+            raise UserError(
+                f"train.accumulate: parts of {batch_size // accumulate} rows for each expert do not divide among "
+                f"{split.shards} devices' shards; lower it, or raise train.batch_size"
+            )
+        self.split = split
         self.rows, self.pad_id, self.batch_size = dict(rows), pad_id, batch_size
         self.accumulate, self.pack = accumulate, pack
         self.longest = max((len(e.ids) for own in rows.values() for e in own), default=0) if join else None
@@ -227,18 +279,16 @@ class TrainingBatches:
         served = {name: self.slots(step, name) for name in names}
         share = self.batch_size // self.accumulate
         index = {name: i for i, name in enumerate(self.rows)}
-        objective = [index[name] for name in names for _ in range(share)]
         if self.longest is not None:
+            objective = [index[name] for name in names for _ in range(share)]
             rows = [slot[0] if slot else None for own in served.values() for slot in own]
-            return joined(rows, objective, self.pad_id, self.longest)
+            return joined(rows, objective, self.pad_id, self.longest, self.split)
         length = self.pack or bucket(max(_tokens(s) for own in served.values() for s in own))
-        parts = [
-            make_batch(
-                [s for own in served.values() for s in own[k * share : (k + 1) * share]],
-                objective, self.pad_id, length, self.pack is not None,
-            )
-            for k in range(self.accumulate)
-        ]  # fmt: skip
+        parts = []
+        for k in range(self.accumulate):
+            own = {index[name]: slots[k * share : (k + 1) * share] for name, slots in served.items()}
+            objective, slots = grouped(own, self.split)
+            parts.append(make_batch(slots, objective, self.pad_id, length, self.pack is not None, self.split))
         return parts[0] if self.accumulate == 1 else _stacked(parts)
 
     def slots(self, step: int, name: str) -> list[Slot]:
@@ -254,32 +304,52 @@ class TrainingBatches:
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)))
 
 
+def grouped(served: Mapping[int, Sequence[Slot]], split: Split) -> tuple[list[int], list[Slot]]:
+    """(objective, slot) of every objective's slots in a batch's order, empty ones added where groups are uneven."""
+    groups = split.groups(len(served))
+    per = -(-max(map(len, served.values())) // groups)
+    order = [(name, slots[g * per : (g + 1) * per]) for g in range(groups) for name, slots in served.items()]
+    return [name for name, _ in order for _ in range(per)], [
+        slot for _, own in order for slot in (*own, *([()] * (per - len(own))))
+    ]
+
+
 def _stacked(parts: Sequence[Batch]) -> Batch:
     """Batches of one shape with a new axis first."""
-    return Batch(**{name: np.stack([getattr(part, name) for part in parts]) for name in parts[0].arrays()})
+    stacked = {name: np.stack([part.arrays()[name] for part in parts]) for name in parts[0].arrays()}
+    return Batch(**stacked, token_count=sum(part.token_count for part in parts))
 
 
 def evaluation_batches(
-    rows: Sequence[Encoded], objective: Sequence[int], batch_size: int, pad_id: int
+    rows: Sequence[Encoded], objective: Sequence[int], batch_size: int, pad_id: int, split: Split = WHOLE
 ) -> list[tuple[np.ndarray, Batch]]:
-    """(row indices, batch) pairs that cover all rows once, sorted by length; the last is filled up."""
+    """(row indices, batch) pairs that cover all rows once, sorted by length; the last is filled up.
+
+    ``batch_size`` is rounded up to what the split's shards divide.
+    """
+    batch_size = split.padded(batch_size)
     order = np.argsort([len(r.ids) for r in rows], kind="stable")
     out = []
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
         blank = batch_size - len(index)
         chosen = [*(rows[i] for i in index), *([None] * blank)]
-        out.append((index, make_batch(chosen, [*(objective[i] for i in index), *([0] * blank)], pad_id)))
+        labels = [*(objective[i] for i in index), *([0] * blank)]
+        out.append((index, make_batch(chosen, labels, pad_id, split=split)))
     return out
 
 
-def validation_batches(rows: Mapping[str, list[Encoded]], batch_size: int, pad_id: int) -> list[Batch]:
+def validation_batches(
+    rows: Mapping[str, list[Encoded]], batch_size: int, pad_id: int, split: Split = WHOLE
+) -> list[Batch]:
     """Batches that cover every objective's rows once, grouped as in training, each objective sorted by length."""
-    ordered = {name: sorted(own, key=lambda e: len(e.ids)) for name, own in rows.items()}
-    objective = [index for index in range(len(rows)) for _ in range(batch_size)]
+    ordered = [sorted(own, key=lambda e: len(e.ids)) for own in rows.values()]
     out = []
-    for start in range(0, max(map(len, ordered.values())), batch_size):
-        own = [part[start : start + batch_size] for part in ordered.values()]
-        picked = [row for part in own for row in [*part, *([None] * (batch_size - len(part)))]]
-        out.append(make_batch(picked, objective, pad_id))
+    for start in range(0, max(map(len, ordered)), batch_size):
+        own: dict[int, list[Slot]] = {}
+        for i, part in enumerate(ordered):
+            picked = part[start : start + batch_size]
+            own[i] = [*((row,) for row in picked), *([()] * (batch_size - len(picked)))]
+        objective, slots = grouped(own, split)
+        out.append(make_batch(slots, objective, pad_id, split=split))
     return out

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trinityx_jax.data.batching import Batch, bucket, filled, make_batch
+from trinityx_jax.data.batching import WHOLE, Batch, Split, bucket, filled, make_batch
 from trinityx_jax.data.templates import Encoded
 
 LONGEST = 512  # tokens packed after a prompt, beside a single longer answer: attention there is over all of them
@@ -27,7 +27,9 @@ class Prompt:
         return sum(len(answer.ids) for answer in self.answers)
 
 
-def batches(rows: Sequence[Encoded], size: int) -> tuple[np.ndarray, np.ndarray, list[tuple[Batch, Batch]]]:
+def batches(
+    rows: Sequence[Encoded], size: int, split: Split = WHOLE
+) -> tuple[np.ndarray, np.ndarray, list[tuple[Batch, Batch]]]:
     """What all rows begin with, then up to ``size`` prompts a batch, each with answers packed after it.
 
     Returns:
@@ -47,8 +49,8 @@ def batches(rows: Sequence[Encoded], size: int) -> tuple[np.ndarray, np.ndarray,
         stems = [Encoded(prompt.stem[shared:], len(prompt.stem) - shared) for prompt in chunk]
         numbers = iter(range(1, most + 1))
         slots = [[(next(numbers), answer) for answer in prompt.answers] for prompt in chunk] + [[]] * blank
-        answers = filled(slots, [0] * most, 0, bucket(chunk[-1].tokens))
-        out.append((make_batch([*stems, *([None] * blank)], [0] * size, 0, length), answers))
+        answers = filled(slots, [0] * most, 0, bucket(chunk[-1].tokens), split)
+        out.append((make_batch([*stems, *([None] * blank)], [0] * size, 0, length, split=split), answers))
     return rows[0].ids[:shared], place, out
 
 

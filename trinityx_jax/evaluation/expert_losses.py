@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,13 +14,15 @@ import numpy as np
 from numpy.polynomial import Polynomial
 
 from trinityx_jax.backbone import Backbone, unembed
+from trinityx_jax.backbone.model import with_whole_head
 from trinityx_jax.backbone.products import activations, packed
-from trinityx_jax.data.batching import evaluation_batches
+from trinityx_jax.data.batching import Split, evaluation_batches
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.mocae import hidden_states
 from trinityx_jax.mocae.calibration import softmax
+from trinityx_jax.parallel.sharding import batch_shards, mesh_of, on_mesh, put_batch, put_trained, replicated
 from trinityx_jax.training.calibration import Target, balanced
-from trinityx_jax.training.loss import chunked
+from trinityx_jax.training.loss import chunked, picked_positions
 
 log = logging.getLogger(__name__)
 EIGHTHS = tuple(range(16, 3, -1))  # of 1 / T
@@ -78,7 +81,7 @@ def _losses(logits: jax.Array, labels: jax.Array, powers: Sequence[int]) -> jax.
     below = logits - jnp.max(logits, axis=-1, keepdims=True)
     eighth = jnp.exp(below / 8)  # whose powers are those of all temperatures, at less than an exponential each
     sums = jnp.stack([jnp.sum(eighth**power, axis=-1) for power in powers], axis=-1)
-    own = jnp.take_along_axis(below, labels[:, None], axis=-1)
+    own = jnp.take_along_axis(below, labels[..., None], axis=-1)
     return jnp.log(sums) - own * jnp.asarray(powers) / 8
 
 
@@ -90,27 +93,31 @@ def expert_losses(
     powers = EIGHTHS if tempered else (8,)
     plain = powers.index(8)
     config, kind, base = backbone.config, activations(dtype), packed(backbone.params)
+    mesh = mesh_of(base)
+    split, experts = Split(batch_shards(mesh)), put_trained(experts, mesh)
 
-    @jax.jit
-    def run(base: Any, experts: Any, weights: jax.Array, batch: Any) -> jax.Array:  # [N,G]
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def run(base: Any, experts: Any, weights: jax.Array, batch: Any) -> jax.Array:  # [P,N,G]
         hidden, _, _ = hidden_states(
             base, config, batch["tokens"], batch["mask"], experts=experts, weights=weights, dtype=kind
         )
-        picked = hidden.reshape(-1, hidden.shape[-1])[batch["where"]]
+        picked, head = picked_positions(hidden, batch), with_whole_head(base, config)
 
         def losses(h: jax.Array, labels: jax.Array) -> jax.Array:
-            return _losses(unembed(base, config, h), labels, powers)
+            return _losses(unembed(head, config, h), labels, powers)
 
-        return chunked(losses, picked, batch["labels"], jnp.sum(batch["valid"]))
+        return chunked(losses, picked, batch["labels"], jnp.max(jnp.sum(batch["valid"], axis=1)))
 
     nll: list[Any] = [None] * len(rows)
     positions: list[Any] = [None] * len(rows)
     sums = np.zeros((len(rows), count, len(powers)))
-    eye = jnp.eye(count)
-    for index, batch in evaluation_batches(rows, [0] * len(rows), batch_size, 0):
-        arrays = batch.arrays()
-        found = np.stack([np.asarray(run(base, experts, eye[e], arrays)) for e in range(count)])  # [E,N,G]
+    eye = np.eye(count, dtype=np.float32)
+    for index, batch in evaluation_batches(rows, [0] * len(rows), batch_size, 0, split):
+        arrays, placed = batch.arrays(), put_batch(batch.arrays(), mesh)
+        with on_mesh(mesh):
+            found = np.stack([np.asarray(run(base, experts, eye[e], placed)) for e in range(count)])  # [E,P,N,G]
         own, place = np.divmod(arrays["where"], batch.tokens.shape[1])
+        own = own + np.arange(split.shards)[:, None] * (len(batch.tokens) // split.shards)
         for row, i in enumerate(index):
             held = arrays["valid"] & (own == row)
             nll[i], positions[i] = found[:, held, plain], place[held]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +13,15 @@ import numpy as np
 
 from trinityx_jax.backbone import Backbone, Cache, empty_cache
 from trinityx_jax.backbone.products import activations, packed
-from trinityx_jax.data.batching import evaluation_batches
+from trinityx_jax.data.batching import Split, evaluation_batches
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.evaluation import continuations
 from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.mocae import Router, hidden_states, token_routing
 from trinityx_jax.mocae.model import prepared
-from trinityx_jax.training.loss import supervised_nll
+from trinityx_jax.parallel.sharding import batch_shards, mesh_of, on_mesh, put_batch, put_trained, replicated
+from trinityx_jax.training.loss import slots_of, supervised_nll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,27 +40,30 @@ class Scorer:
     """Compiled scoring functions of one base and its experts (none: the base alone), shared by all systems."""
 
     def __init__(self, backbone: Backbone, vectors: Mapping[str, TaskVector], dtype: str, batch_size: int):
-        self.backbone, self.names, self.batch_size = backbone, list(vectors), batch_size
-        self.experts = stack(list(vectors.values())) if vectors else None
+        self.backbone, self.names, self.mesh = backbone, list(vectors), mesh_of(backbone.params)
+        self.split = Split(batch_shards(self.mesh))
+        self.batch_size = self.split.padded(batch_size)
+        self.experts = put_trained(stack(list(vectors.values())), self.mesh) if vectors else None
         config, kind = backbone.config, activations(dtype)
         self.base = packed(backbone.params)
+        compiled = functools.partial(jax.jit, out_shardings=replicated(self.mesh))
 
         def row_nll(base: Any, hidden: jax.Array, batch: Any) -> jax.Array:
             nll = supervised_nll(base, config, hidden, batch)
-            rows, length = batch["tokens"].shape
+            slot = slots_of(batch)
             if batch["mask"].dtype == bool:
-                return jax.ops.segment_sum(nll, batch["where"] // length, rows)
-            number = batch["mask"].reshape(-1)[batch["where"]]
-            return jax.ops.segment_sum(nll, number - 1, len(batch["objective"]))
+                return jax.ops.segment_sum(nll.reshape(-1), slot.reshape(-1), len(batch["tokens"]))
+            number = batch["mask"][slot, batch["where"] % batch["tokens"].shape[1]]
+            return jax.ops.segment_sum(nll.reshape(-1), number.reshape(-1) - 1, len(batch["objective"]))
 
-        @jax.jit
+        @compiled
         def static(base: Any, experts: Any, weights: jax.Array, batch: Any) -> jax.Array:
             hidden, _, _ = hidden_states(
                 base, config, batch["tokens"], batch["mask"], experts=experts, weights=weights, dtype=kind
             )
             return row_nll(base, hidden, batch)
 
-        @jax.jit
+        @compiled
         def routed(base: Any, experts: Any, router: Router, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
             mask = batch["mask"]
             hidden, aux, _ = hidden_states(
@@ -69,14 +74,14 @@ class Scorer:
             per_layer = jnp.einsum("bsle,bs->ble", pi, mask.astype(jnp.float32)) / count
             return row_nll(base, hidden, batch), jnp.mean(pi, axis=2), per_layer
 
-        @jax.jit
+        @compiled
         def prefix(base: Any, experts: Any, how: Any, tokens: jax.Array) -> Any:
             cache, mask = empty_cache(config, 1, tokens.shape[1], kind), jnp.ones(tokens.shape, bool)
             if not tokens.size:
                 return cache
             return hidden_states(base, config, tokens, mask, experts=experts, **how, cache=cache, dtype=kind)[2]
 
-        @jax.jit
+        @compiled
         def after(base: Any, experts: Any, how: Any, cache: Cache, stems: Any, batch: Any) -> jax.Array:
             own: Any = {"experts": experts, "dtype": kind, **how}
             room = _spread(cache, len(batch["tokens"]), stems["tokens"].shape[1] + batch["tokens"].shape[1])
@@ -111,8 +116,8 @@ class Scorer:
         token_pi: dict[int, np.ndarray] = {}
         layer_pi: dict[int, np.ndarray] = {}
         run = self.runner(weights, router)
-        for index, batch in evaluation_batches(rows, [0] * len(rows), self.batch_size, 0):
-            arrays, own = batch.arrays(), slice(0, len(index))
+        for index, batch in evaluation_batches(rows, [0] * len(rows), self.batch_size, 0, self.split):
+            arrays, own = put_batch(batch.arrays(), self.mesh), slice(0, len(index))
             if router is None:
                 nll[index] = np.asarray(run(arrays))[own]
             else:
@@ -131,16 +136,25 @@ class Scorer:
     def memory(self, weights: np.ndarray | None, router: Router | None, batch: Any) -> int:
         """Bytes that the compiled program needs for a batch: arguments, results and temporaries."""
         function, arguments = self._run(weights, router)
-        found: Any = function.lower(*arguments, batch).compile().memory_analysis()
+        with on_mesh(self.mesh):
+            found: Any = function.lower(*arguments, batch).compile().memory_analysis()
         return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
 
     def runner(self, weights: np.ndarray | None, router: Router | None) -> Callable[[Any], Any]:
         """What scores one batch."""
         function, arguments = self._run(weights, router)
-        return lambda batch: function(*arguments, batch)
+
+        def run(batch: Any) -> Any:
+            with on_mesh(self.mesh):
+                return function(*arguments, batch)
+
+        return run
 
     def _run(self, weights: np.ndarray | None, router: Router | None) -> tuple[Any, tuple[Any, Any, Any]]:
-        experts = None if self.experts is None else jax.jit(prepared)(self.base, self.experts, router)
+        router = jax.device_put(router, replicated(self.mesh))
+        experts = None
+        if self.experts is not None:
+            experts = put_trained(jax.jit(prepared)(self.base, self.experts, router), self.mesh)
         if router is None:
             return self._static, (self.base, experts, _weights(weights))
         return self._routed, (self.base, experts, router)
@@ -157,12 +171,14 @@ class Scorer:
         equal rows run once."""
         _, (base, experts, how) = self._run(weights, router)
         named = {"weights": how} if router is None else {"router": how}
-        shared, place, batches = continuations.batches(rows, self.batch_size)
-        cache = self._prefix(base, experts, named, jnp.asarray(shared[None]))
+        shared, place, batches = continuations.batches(rows, self.batch_size, self.split)
         out: list[np.ndarray] = []
-        for stems, batch in batches:
-            out.append(np.asarray(self._after(base, experts, named, cache, stems.arrays(), batch.arrays())))
-            on_batch()
+        with on_mesh(self.mesh):
+            cache = self._prefix(base, experts, named, shared[None])
+            for stems, batch in batches:
+                placed = (put_batch(own.arrays(), self.mesh) for own in (stems, batch))
+                out.append(np.asarray(self._after(base, experts, named, cache, *placed)))
+                on_batch()
         found = np.concatenate(out)[place]
         _check_finite(found)
         return found
@@ -176,8 +192,8 @@ def _check_finite(nll: np.ndarray) -> None:
         )
 
 
-def _weights(weights: np.ndarray | None) -> jax.Array | None:
-    return None if weights is None else jnp.asarray(weights, jnp.float32)
+def _weights(weights: np.ndarray | None) -> np.ndarray | None:
+    return None if weights is None else np.asarray(weights, np.float32)
 
 
 def _spread(cache: Cache, rows: int, more: int) -> Cache:

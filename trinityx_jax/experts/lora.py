@@ -6,6 +6,7 @@ Shapes: E experts, R rank, L layers; ``experts`` is {site: {"a": [L,E,in,R], "b"
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from trinityx_jax.backbone import BackboneConfig
+from trinityx_jax.backbone.axes import constrain
 from trinityx_jax.backbone.products import kept, matmul
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts.task_vector import TaskVector, same_shape
@@ -23,6 +25,8 @@ Experts = Mapping[str, Site]
 FEED_FORWARD = ("gate", "up", "down")
 ATTENTION = ("q", "k", "v", "o")
 SITES = (*FEED_FORWARD, *ATTENTION)
+LARGE = 2**22  # numbers of a stacked factor that are not kept on every device any more
+_INNER = {"gate": "mlp", "up": "mlp", "down": "mlp", "q": "heads", "k": "kv_heads", "v": "kv_heads", "o": "heads"}
 
 
 def site_shape(config: BackboneConfig, site: str) -> tuple[int, int]:
@@ -37,6 +41,25 @@ def site_shape(config: BackboneConfig, site: str) -> tuple[int, int]:
     if site in FEED_FORWARD:
         return (d, config.intermediate_size) if site != "down" else (config.intermediate_size, d)
     return (d, heads * config.head_dim) if site != "o" else (heads * config.head_dim, d)
+
+
+def factor_axes(site: str, factor: str, shape: Sequence[int]) -> tuple[str | None, ...]:
+    """Logical axes of a stacked factor ``a`` [L,E,in,R] (side by side: [L,in,E·R]) or ``b`` [L,E,R,out]; of a small one
+    its experts' alone."""
+    outside: str | None = "embed" if (site in ("down", "o")) == (factor == "b") else _INNER[site]
+    if math.prod(shape) < LARGE:
+        outside = None
+    if len(shape) == 3:
+        return ("layers", outside, "rank")
+    return ("layers", "expert", outside, "rank") if factor == "a" else ("layers", "expert", "rank", outside)
+
+
+def laid_out_factors(trained: Mapping[str, Site]) -> dict[str, dict[str, jax.Array]]:
+    """Stacked factors, or gradients of them, where ``factor_axes`` says on the mesh that is set."""
+    return {
+        site: {k: constrain(x, *factor_axes(site, k, x.shape)) for k, x in leaves.items()}
+        for site, leaves in trained.items()
+    }
 
 
 def check_fits(vector: TaskVector, config: BackboneConfig, what: str) -> None:
@@ -139,23 +162,41 @@ def delta_weighted(site: Site, x: jax.Array, weight: jax.Array, dtype: Any = Non
     return matmul(low, site["b"].reshape(count * rank, size), dtype)
 
 
+def by_expert(x: jax.Array, count: int, groups: int = 1) -> jax.Array:
+    """Rows [G*E*B,...], in G groups that hold B of each expert's, one expert's after another's: [E,G*B,...]."""
+    split = x.reshape(groups, count, -1, *x.shape[1:])
+    return jnp.swapaxes(split, 0, 1).reshape(count, -1, *x.shape[1:])
+
+
+def by_group(x: jax.Array, groups: int = 1) -> jax.Array:
+    """The inverse of ``by_expert``."""
+    split = x.reshape(len(x), groups, -1, *x.shape[2:])
+    return jnp.swapaxes(split, 0, 1).reshape(-1, *x.shape[2:])
+
+
 def delta_grouped(
-    site: Site, x: jax.Array, dtype: Any = None, dropout: jax.Array | None = None, rate: float = 0.0, index: int = 0
+    site: Site,
+    x: jax.Array,
+    dtype: Any = None,
+    dropout: jax.Array | None = None,
+    rate: float = 0.0,
+    index: int = 0,
+    groups: int = 1,
 ) -> jax.Array:
-    """One expert per row, rows grouped by expert: x [E*B,S,in] -> [E*B,S,out].
+    """One expert per row, rows as ``by_expert`` takes them: x [G*E*B,S,in] -> [G*E*B,S,out].
 
     Args:
         dtype: as in ``delta_weighted``.
-        dropout: one key per row [E,B], or None in evaluation; the mask falls on the input.
+        dropout: one key per row [E,G*B], or None in evaluation; the mask falls on the input.
         index: of the site, whose mask is its own.
     """
-    grouped = x.reshape(site["a"].shape[0], -1, *x.shape[1:])
+    grouped = by_expert(x, site["a"].shape[0], groups)
     if dropout is not None and rate > 0.0:
         grouped = jnp.where(kept(_passes(dropout, index, grouped.shape, rate)), grouped / (1.0 - rate), 0.0).astype(
             x.dtype
         )
     low = kept(matmul(grouped, site["a"], dtype)) * site["scale"].astype(x.dtype)[:, None, None, None]
-    return matmul(low, site["b"], dtype).reshape(*x.shape[:-1], -1)
+    return by_group(matmul(low, site["b"], dtype), groups)
 
 
 def _passes(keys: jax.Array, index: int, shape: tuple[int, ...], rate: float) -> jax.Array:

@@ -17,6 +17,7 @@ from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.generation.decode import BATCH, generate_ids, prompt_ids, stored_dtype
 from trinityx_jax.generation.sampling import Sampling
 from trinityx_jax.mocae import Router, hidden_states, token_routing
+from trinityx_jax.parallel.sharding import on_mesh
 from trinityx_jax.runs import open_run, routed
 
 
@@ -80,7 +81,8 @@ def answer_routing(
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
     experts = stack([vectors[name] for name in router.names])
     kind = dtype or stored_dtype(backbone)
-    pi = np.asarray(_routing(backbone.params, experts, router, tokens, mask, config=backbone.config, dtype=kind))
+    with on_mesh(backbone.params):
+        pi = np.asarray(_routing(backbone.params, experts, router, tokens, mask, config=backbone.config, dtype=kind))
     return [pi[i, len(p) : len(p) + len(a)] for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
 
 

@@ -19,6 +19,7 @@ from trinityx_jax.experts.lora import check_fits
 from trinityx_jax.generation.sampling import Sampling, choose
 from trinityx_jax.mocae import Router, hidden_states
 from trinityx_jax.mocae.model import prepared
+from trinityx_jax.parallel.sharding import on_mesh
 
 BATCH = 32  # prompts decoded together
 PROMPT_MULTIPLE = 32  # prompts are left-padded to this, so that few shapes are compiled
@@ -111,11 +112,12 @@ def generate_ids(
     ends = end_ids(backbone)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed: must be a whole number from 0 to {2**32 - 1}, is {seed}")
-    out, finite = _decode(
-        backbone.params, stacked, router, static, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(seed),
-        config=backbone.config, count=max_new_tokens, ends=ends, sampling=sampling or Sampling(),
-        dtype=dtype or stored_dtype(backbone),
-    )  # fmt: skip
+    with on_mesh(backbone.params):
+        out, finite = _decode(
+            backbone.params, stacked, router, static, tokens, mask, jax.random.key(seed),
+            config=backbone.config, count=max_new_tokens, ends=ends, sampling=sampling or Sampling(),
+            dtype=dtype or stored_dtype(backbone),
+        )  # fmt: skip
     if not bool(finite):
         raise UserError("the model's logits are not finite: weights, of experts, router or merge, are too large")
     answers = []

@@ -76,10 +76,10 @@ def first_weights(router: Router, batch: int, length: int) -> jax.Array:
     return jnp.broadcast_to(alpha, (batch, length, count))
 
 
-def grouped_attention(dropout: float = 0.0) -> AttentionLinear:
-    """Stage 1: rows grouped by expert, each group with its own expert's deltas."""
+def grouped_attention(dropout: float = 0.0, groups: int = 1) -> AttentionLinear:
+    """Stage 1: rows grouped by expert (``lora.by_expert``), each with its own expert's deltas."""
 
     def mix(site: lora.Site, x: jax.Array, dtype: Any, inputs: Any, _: Any, index: int) -> jax.Array:
-        return lora.delta_grouped(site, x, dtype, inputs.get("keys"), dropout, index)
+        return lora.delta_grouped(site, x, dtype, inputs.get("keys"), dropout, index, groups)
 
     return _linear(mix)

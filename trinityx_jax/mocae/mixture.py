@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from trinityx_jax.backbone import BackboneConfig
+from trinityx_jax.backbone.axes import divided
 from trinityx_jax.backbone.layers import ACTIVATION_FUNCTIONS, feed_forward, linear
 from trinityx_jax.backbone.model import FeedForward
 from trinityx_jax.backbone.products import activations, bits, kept, matmul, platform, unpacked
@@ -106,12 +107,12 @@ def _branches(act: Any, anchored: bool, dtype: Any, factors: Mapping[str, jax.Ar
 def _by_tokens(function: Any, factors: Any, tokens: Any) -> Any:
     """``function(factors, tokens)`` over [B,S,...] leaves (the first [B,S,F]), its insides made again in backward.
 
-    On a CPU a few tokens at a time, so that a branch's F values for each stay in its cache.
+    On one CPU a few tokens at a time, so that a branch's F values for each stay in its cache.
     """
     function = jax.checkpoint(function)
     batch, length, width = tokens[0].shape
     size = 2 ** int(math.log2(max(VALUES // width, 1)))
-    if platform() != "cpu" or batch * length <= size:
+    if platform() != "cpu" or divided() or batch * length <= size:
         return function(factors, tokens)
     whole = batch * length // size * size
     flat = jax.tree.map(lambda x: x.reshape(batch * length, *x.shape[2:]), tokens)
@@ -200,8 +201,8 @@ def static_feed_forward(config: BackboneConfig) -> FeedForward:
     return apply
 
 
-def grouped_feed_forward(config: BackboneConfig, dropout: float = 0.0) -> FeedForward:
-    """Stage 1: rows grouped by expert, each group through its own expert; base matmuls are shared."""
+def grouped_feed_forward(config: BackboneConfig, dropout: float = 0.0, groups: int = 1) -> FeedForward:
+    """Stage 1: rows grouped by expert (``lora.by_expert``), each through its own; base matmuls are shared."""
     act = ACTIVATION_FUNCTIONS[config.activation]
 
     def apply(mlp: Mlp, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, None]:
@@ -211,7 +212,8 @@ def grouped_feed_forward(config: BackboneConfig, dropout: float = 0.0) -> FeedFo
             y = linear(mlp[name], x)
             if name not in layer["experts"]:
                 return y
-            return y + lora.delta_grouped(layer["experts"][name], x, mlp[name]["kernel"].dtype, keys, dropout, index)
+            own, narrow = layer["experts"][name], mlp[name]["kernel"].dtype
+            return y + lora.delta_grouped(own, x, narrow, keys, dropout, index, groups)
 
         gate, up = (kept(site(name, u, i), mlp[name]["kernel"].dtype) for i, name in enumerate(("gate", "up")))
         return h + site("down", act(gate) * up, 2), None

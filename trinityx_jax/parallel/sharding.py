@@ -1,22 +1,132 @@
-"""Where every array lives: one table from logical axes to mesh axes."""
+"""Where every array lives: the mesh, and one table from logical axes to mesh axes."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from trinityx_jax.backbone import BackboneConfig, abstract_params
+from trinityx_jax.backbone.axes import Rules, logical_rules, partition
+from trinityx_jax.data.batching import Split
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts.lora import SITES, factor_axes
+from trinityx_jax.sections import MeshConfig
 
-# Logical axis of a parameter -> mesh axis. An axis that the mesh lacks, or that does not divide the
-# dimension, leaves it whole.
-RULES: dict[str, str] = {
-    "embed": "fsdp",
-    "mlp": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "vocab": "tensor",
+AXES = ("data", "fsdp", "expert", "tensor")  # outermost first: neighbours talk most
+BATCH = ("data", "fsdp", "expert")  # that rows are divided among
+
+# Logical axis -> mesh axes. An axis that the mesh lacks, or that does not divide the dimension, leaves it whole.
+RULES: Rules = {
+    "batch": BATCH,
+    "position": (),
+    "hidden": (),  # the residual stream's features
+    "embed": ("fsdp",),  # the same features in a weight
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "vocab": ("tensor",),
+    "expert": ("expert",),
+    "rank": (),
+    "layers": (),
+    "norm": (),
 }
+ROOM = 0.5  # share of a device's memory that the base may have before it is divided further
+
+
+def mesh_sizes(settings: MeshConfig, devices: int, base_bytes: int, device_bytes: int) -> dict[str, int]:
+    """Devices along each mesh axis: as few parts of the base as fit in half of a device's memory, the rest for data.
+
+    Raises:
+        UserError: the axes do not make up the devices.
+    """
+    fixed = {axis: n for axis in AXES if isinstance(n := getattr(settings, axis), int)}
+    known = math.prod(fixed.values())
+    left, rest = divmod(devices, known)
+    given = " x ".join(f"{axis} {n}" for axis, n in fixed.items())
+    if rest or (len(fixed) == len(AXES) and left > 1):
+        raise UserError(f"mesh: {given} does not make up {devices} device{'s' if devices > 1 else ''}")
+    sizes = {axis: fixed.get(axis, 1) for axis in AXES}
+    if "fsdp" not in fixed and "data" not in fixed:
+        parts = [n for n in range(1, left + 1) if left % n == 0]
+        share = base_bytes / sizes["tensor"]
+        sizes["fsdp"] = next((n for n in parts if share / n <= ROOM * device_bytes), left)
+        sizes["data"] = left // sizes["fsdp"]
+    elif len(fixed) < len(AXES):
+        sizes["fsdp" if "data" in fixed else "data"] = left
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices (or these), neighbours in hardware along the inner axes, ``data`` across TPU slices.
+
+    Raises:
+        UserError: several slices do not divide ``data``.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
+    if shape[0] % slices:
+        raise UserError(f"mesh.data: {shape[0]} is not a multiple of the {slices} slices")
+    within = (shape[0] // slices, *shape[1:])
+    across = (slices, *(1 for _ in within[1:]))
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=types)
+
+
+def base_bytes(config: BackboneConfig, dtype: Any) -> int:
+    """Size of the base's parameters."""
+    leaves = jax.tree.leaves(nn.unbox(abstract_params(config)))
+    return sum(math.prod(leaf.shape) for leaf in leaves) * np.dtype(dtype).itemsize
+
+
+def fitting_mesh(settings: MeshConfig, config: BackboneConfig, dtype: Any) -> Mesh:
+    """The mesh of this machine's devices (all hosts') for a model."""
+    sizes = mesh_sizes(settings, jax.device_count(), base_bytes(config, dtype), device_bytes(jax.local_devices()[0]))
+    return make_mesh(sizes)
+
+
+def device_bytes(device: Any) -> int:
+    """Memory of one device; of a CPU's, its share of the machine's."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def mesh_of(tree: Any) -> Mesh:
+    """The mesh that a tree's arrays lie on; one of one device where they lie on that."""
+    sharding = jax.tree.leaves(tree)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        assert isinstance(sharding.mesh, Mesh)
+        return sharding.mesh
+    grid = np.asarray(list(sharding.device_set)[:1]).reshape((1,) * len(AXES))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def on_mesh(where: Any) -> Iterator[Mesh]:
+    """Within, programs are traced for a mesh, or for that of a tree's arrays, by the table ``RULES``."""
+    mesh = where if isinstance(where, Mesh) else mesh_of(where)
+    with jax.set_mesh(mesh), logical_rules(RULES):
+        yield mesh
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device whole."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def base_shardings(config: BackboneConfig, mesh: Mesh | None) -> dict[tuple[str, ...], Sharding]:
@@ -28,10 +138,58 @@ def base_shardings(config: BackboneConfig, mesh: Mesh | None) -> dict[tuple[str,
     for path, leaf in boxed:
         key = tuple(part.key for part in path)
         if mesh is None:
-            out[key] = SingleDeviceSharding(jax.devices()[0])
+            out[key] = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             continue
-        axes = [RULES.get(name or "") for name in leaf.names]
-        sizes = zip(axes, leaf.value.shape, strict=True)
-        fits = [a if a in mesh.shape and n % mesh.shape[a] == 0 else None for a, n in sizes]
-        out[key] = NamedSharding(mesh, PartitionSpec(*fits))
+        out[key] = NamedSharding(mesh, _weight(config, mesh, leaf.names, leaf.value.shape))
     return out
+
+
+def _weight(config: BackboneConfig, mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """Of a weight; heads are divided whole or not at all."""
+    heads = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
+    sizes = [heads.get(name or "", size) for name, size in zip(names, shape, strict=True)]
+    return partition(RULES, mesh.shape, names, sizes)
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """A sharding for every leaf of what is trained and all that goes with it, such as a ``TrainState``.
+
+    Large factors of experts, and the optimizer's moments of them, are divided as the base's weights are; all else
+    is whole on every device.
+    """
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        names = [str(getattr(part, "key", "")) for part in path][-2:]
+        if len(names) < 2 or names[0] not in SITES or names[1] not in ("a", "b"):
+            return replicated(mesh)
+        axes = factor_axes(names[0], names[1], leaf.shape)
+        return NamedSharding(mesh, partition(RULES, mesh.shape, axes, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def put_trained(tree: Any, mesh: Mesh) -> Any:
+    """A tree of ``state_shardings`` on its devices."""
+    return jax.device_put(tree, state_shardings(tree, mesh))
+
+
+def put_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A ``data.batching.Batch``'s arrays on a mesh: slots divided, the objectives of all rows everywhere."""
+    lead = arrays["tokens"].ndim - 2  # micro-batches
+
+    def one(name: str, x: np.ndarray) -> jax.Array:
+        axes = [None] * lead + (["batch"] if name != "objective" else [])
+        axes += [None] * (x.ndim - len(axes))
+        return jax.device_put(x, NamedSharding(mesh, partition(RULES, mesh.shape, axes, x.shape)))
+
+    return {name: one(name, x) for name, x in arrays.items()}
+
+
+def split_of(mesh: Mesh) -> Split:
+    """How batches are divided among a mesh's devices."""
+    return Split(batch_shards(mesh), mesh.shape.get("expert", 1))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """In how many parts rows are divided."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])

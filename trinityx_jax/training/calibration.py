@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,12 @@ from scipy.optimize import Bounds, minimize
 
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.backbone.products import activations, packed
-from trinityx_jax.data.batching import evaluation_batches
+from trinityx_jax.data.batching import Split, evaluation_batches
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.mocae import Router, hidden_states, token_routing
 from trinityx_jax.mocae.calibration import SMALLEST, calibrated, row_weights, softmax
 from trinityx_jax.mocae.calibration import probabilities as numpy_probabilities
+from trinityx_jax.parallel.sharding import batch_shards, mesh_of, on_mesh, put_batch, put_trained, replicated
 
 ROUNDS = 3  # a layer's logits move a little when the layers below mix otherwise
 LEAST = 1e-3  # of the sharpness that training had: no temperature is above a thousandfold of it
@@ -52,9 +54,11 @@ class RoutingReader:
 
     def __init__(self, backbone: Backbone, experts: Any, dtype: str, batch_size: int):
         config, kind = backbone.config, activations(dtype)
-        self.base, self.experts, self.batch_size = packed(backbone.params), experts, batch_size
+        self.base, self.batch_size = packed(backbone.params), batch_size
+        self.mesh = mesh_of(backbone.params)
+        self.experts = put_trained(experts, self.mesh)
 
-        @jax.jit
+        @functools.partial(jax.jit, out_shardings=replicated(self.mesh))
         def read(base: Any, experts: Any, router: Router, tokens: jax.Array, mask: jax.Array) -> jax.Array:
             _, aux, _ = hidden_states(base, config, tokens, mask, experts=experts, router=router, dtype=kind)
             return token_routing(aux, "z")
@@ -64,8 +68,11 @@ class RoutingReader:
     def logits(self, router: Router, rows: Sequence[Encoded]) -> list[np.ndarray]:
         """z [S,L,E] of each row's tokens, before the temperature."""
         out: dict[int, np.ndarray] = {}
-        for index, batch in evaluation_batches(rows, [0] * len(rows), self.batch_size, 0):
-            found = np.asarray(self._read(self.base, self.experts, router, batch.tokens, batch.mask))
+        router, split = jax.device_put(router, replicated(self.mesh)), Split(batch_shards(self.mesh))
+        for index, batch in evaluation_batches(rows, [0] * len(rows), self.batch_size, 0, split):
+            arrays = put_batch(batch.arrays(), self.mesh)
+            with on_mesh(self.mesh):
+                found = np.asarray(self._read(self.base, self.experts, router, arrays["tokens"], arrays["mask"]))
             out |= {int(i): found[row][batch.mask[row]] for row, i in enumerate(index)}
         return [out[i] for i in range(len(rows))]
 

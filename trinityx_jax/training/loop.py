@@ -13,10 +13,12 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from trinityx_jax.data.batching import Batch
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import write_text
+from trinityx_jax.parallel.sharding import on_mesh, put_batch
 from trinityx_jax.progress import Progress, progress
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.state import TrainState
@@ -124,6 +126,7 @@ def run_steps(
     metrics_path: Path,
     checkpoints: Checkpoints,
     max_skipped: int,
+    mesh: Mesh,
 ) -> TrainState:
     """Run until step ``total``, or until nothing is active, from wherever the newest checkpoint stands.
 
@@ -135,11 +138,11 @@ def run_steps(
     index = int(state.step)
     recorder = _Recorder(MetricsLog(metrics_path, stage, index, work.names), work, stage, max_skipped)
     try:
-        with progress(stage, total, index) as bar, stop_on_signals() as signals:
+        with progress(stage, total, index) as bar, stop_on_signals() as signals, on_mesh(mesh):
             while index < total and (names := work.active(state)):
                 stop = min(work.until(index), total)
-                for batch in work.serve(index, stop, names):
-                    state, metrics = work.step(state, batch.arrays(), names)
+                for batch, arrays in _placed_ahead(work.serve(index, stop, names), mesh):
+                    state, metrics = work.step(state, arrays, names)
                     index += 1
                     recorder.flush(bar)  # one step behind, so the device never waits for the log
                     recorder.pending = (index, metrics, batch, names)
@@ -163,6 +166,18 @@ def run_steps(
     return state
 
 
+def _placed_ahead(batches: Iterator[Batch], mesh: Mesh) -> Iterator[tuple[Batch, dict[str, jax.Array]]]:
+    """Each batch with its arrays on the devices, which the next one's are on their way to meanwhile."""
+    before = None
+    for batch in batches:
+        after = (batch, put_batch(batch.arrays(), mesh))
+        if before is not None:
+            yield before
+        before = after
+    if before is not None:
+        yield before
+
+
 class _Recorder:
     """Writes the step before the one that runs."""
 
@@ -176,7 +191,7 @@ class _Recorder:
             return
         step, metrics, batch, names = self.pending
         self.pending = None
-        metrics = jax.tree.map(np.asarray, metrics)
+        metrics = jax.device_get(metrics)
         found = {**self.work.describe(metrics, names), **(values or {})}
         self.log.write(step, {k: v if math.isfinite(v) else None for k, v in found.items()}, batch.token_count)
         bar.advance(f"loss {found['loss']:.3f}")

@@ -10,22 +10,37 @@ import jax
 import jax.numpy as jnp
 
 from trinityx_jax.backbone import BackboneConfig, unembed
-from trinityx_jax.backbone.model import unembed_transposed
+from trinityx_jax.backbone.axes import constrain
+from trinityx_jax.backbone.model import unembed_transposed, with_whole_head
 
-CHUNK = 256  # positions whose logits [CHUNK,V] are in memory at once
+CHUNK = 256  # positions of each part whose logits [P,CHUNK,V] are in memory at once
 
 
 def supervised_nll(
     base: Mapping[str, Any], config: BackboneConfig, hidden: jax.Array, batch: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """Negative log-likelihood [N] of a batch's labels under hidden [B,S,D], 0 where they are not valid.
+    """Negative log-likelihood [P,N] of a batch's labels under hidden [B,S,D], 0 where they are not valid.
 
-    Only the chunks that hold valid positions, which come first, are computed. The base is frozen: it gets no
-    gradient.
+    Only the chunks that hold valid positions, which come first in each of the batch's P parts, are computed. The base
+    is frozen: it gets no gradient.
     """
-    picked = hidden.reshape(-1, hidden.shape[-1])[batch["where"]]
-    nll = _nll(config, jax.lax.stop_gradient(base), picked, batch["labels"], jnp.sum(batch["valid"]))
+    picked = picked_positions(hidden, batch)
+    count = jnp.max(jnp.sum(batch["valid"], axis=1))
+    nll = _nll(config, jax.lax.stop_gradient(with_whole_head(base, config)), picked, batch["labels"], count)
     return jnp.where(batch["valid"], nll, 0.0)
+
+
+def picked_positions(hidden: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The hidden states [P,N,D] of [B,S,D] that predict a batch's labels; each part's are its own slots'."""
+    parts = len(batch["where"])
+    own = constrain(hidden.reshape(parts, -1, hidden.shape[-1]), "batch", None, "hidden")
+    return jnp.take_along_axis(own, batch["where"][..., None], axis=1)
+
+
+def slots_of(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The slot [P,N] that each of a batch's labels stands in."""
+    (slots, length), parts = batch["tokens"].shape, len(batch["where"])
+    return batch["where"] // length + jnp.arange(parts)[:, None] * (slots // parts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -39,7 +54,7 @@ def _chunk(config: BackboneConfig, base: Mapping[str, Any], h: jax.Array, labels
     """Of some positions: the loss, the logits and their log-sum-exp."""
     logits = unembed(base, config, h)
     norm = jax.nn.logsumexp(logits, axis=-1)
-    return norm - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0], logits, norm
+    return norm - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0], logits, norm
 
 
 def _forward(
@@ -49,7 +64,7 @@ def _forward(
 
     def both(h: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
         nll, logits, norm = _chunk(config, base, h, own)
-        slope = jnp.exp(logits - norm[:, None]) - jax.nn.one_hot(own, logits.shape[-1])
+        slope = jnp.exp(logits - norm[..., None]) - jax.nn.one_hot(own, logits.shape[-1])
         return nll, unembed_transposed(base, config, slope, h.dtype)
 
     nll, slope = chunked(both, picked, labels, count)
@@ -58,33 +73,35 @@ def _forward(
 
 def _backward(config: BackboneConfig, kept: tuple[jax.Array], g: jax.Array) -> tuple:
     (slope,) = kept
-    return None, (g[:, None] * slope).astype(slope.dtype), None, None
+    return None, (g[..., None] * slope).astype(slope.dtype), None, None
 
 
 _nll.defvjp(_forward, _backward)
 
 
 def chunked(function: Any, picked: jax.Array, labels: jax.Array, count: jax.Array) -> Any:
-    """``function`` of picked [N,D] and labels [N] in chunks, of the first ``count`` positions; 0 in later chunks."""
-    size = min(CHUNK, labels.shape[0])
-    whole = -(-labels.shape[0] // size) * size
-    picked = jnp.pad(picked, ((0, whole - labels.shape[0]), (0, 0)))
-    own = jnp.pad(labels, (0, whole - labels.shape[0]))
+    """``function`` of picked [P,N,D] and labels [P,N] in chunks, of each part's first ``count``; 0 in later chunks."""
+    parts, length = labels.shape
+    size = min(CHUNK, length)
+    whole = -(-length // size) * size
+    picked = jnp.pad(picked, ((0, 0), (0, whole - length), (0, 0)))
+    own = jnp.pad(labels, ((0, 0), (0, whole - length)))
 
     def slices(start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return tuple(jax.lax.dynamic_slice_in_dim(x, start, size) for x in (picked, own))  # type: ignore[return-value]
+        first, second = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (picked, own))
+        return first, second
 
     def body(index: jax.Array, out: Any) -> Any:
         found = function(*slices(index * size))
         put = jax.lax.dynamic_update_slice_in_dim
-        return jax.tree.map(lambda x, y: put(x, y, index * size, axis=0), out, found)
+        return jax.tree.map(lambda x, y: put(x, y, index * size, axis=1), out, found)
 
     shapes = jax.eval_shape(function, *slices(jnp.zeros((), jnp.int32)))
-    out = jax.tree.map(lambda x: jnp.zeros((whole, *x.shape[1:]), x.dtype), shapes)
+    out = jax.tree.map(lambda x: jnp.zeros((parts, whole, *x.shape[2:]), x.dtype), shapes)
     out = jax.lax.fori_loop(0, -(-count // size), body, out)
-    return jax.tree.map(lambda x: x[: labels.shape[0]], out)
+    return jax.tree.map(lambda x: x[:, :length], out)
 
 
 def sum_by_group(values: jax.Array, valid: jax.Array, group: jax.Array, groups: int) -> jax.Array:
     """Sum over supervised positions of each group [G]."""
-    return jax.ops.segment_sum(values * valid.astype(jnp.float32), group, groups)
+    return jax.ops.segment_sum((values * valid.astype(jnp.float32)).reshape(-1), group.reshape(-1), groups)

@@ -24,6 +24,7 @@ from trinityx_jax.mocae import Router, init_router
 from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.model import prepared
 from trinityx_jax.mocae.router import extended
+from trinityx_jax.parallel.sharding import mesh_of, put_trained, replicated, split_of, state_shardings
 from trinityx_jax.run_folder import UNCALIBRATED, RunFolder
 from trinityx_jax.runs import (
     expert_digests,
@@ -47,7 +48,14 @@ from trinityx_jax.training.step import after_stage_2, router_step, trained_exper
 from trinityx_jax.training.validation import held_out_sums, mean_losses
 
 log = logging.getLogger(__name__)
-UNREPEATED = {"out", "evaluate", "checkpoint", "data", "system"}  # sections that do not change what the stage computes
+UNREPEATED = {
+    "out",
+    "evaluate",
+    "checkpoint",
+    "data",
+    "system",
+    "mesh",
+}  # sections that do not change what the stage computes
 
 
 def router_settings(config: RunConfig) -> dict[str, Any]:
@@ -228,27 +236,31 @@ class _Stage:
         train = config.train
         self.config, self.backbone, self.rows, self.experts, self.router = config, backbone, rows, experts, router
         self.names = tuple(rows.train)
+        self.mesh = mesh_of(backbone.params)
+        self.split = split_of(self.mesh)
         self.base = packed(backbone.params)
-        self.batches = TrainingBatches(rows.train, train.batch_size, pad_id(backbone), config.seed + 1, join=True)
+        self.batches = TrainingBatches(
+            rows.train, train.batch_size, pad_id(backbone), config.seed + 1, join=True, split=self.split
+        )
         self.total = train.steps or _steps_of_epochs(self.batches, train.epochs)
         self.dtype = activations(config.dtype)
         self.optimizer = make_optimizer(train)
-        self.key = jax.random.key(config.seed + 2)
+        self.key = jax.device_put(jax.random.key(config.seed + 2), replicated(self.mesh))
         update = router_step(backbone.config, self.optimizer, train, self.total, dtype=self.dtype)
-        self._update = jax.jit(update, donate_argnums=0)
+        self.shardings = state_shardings(jax.eval_shape(self._start), self.mesh)
+        placed = (self.shardings, replicated(self.mesh))
+        self._update = jax.jit(update, donate_argnums=0, out_shardings=placed)
         self._gamma = self._gammas() if router.config.gamma_dynamic else {}
         once = not router.config.train_experts and router.config.mixing != "full"  # which would be E bases
-        self._served = jax.jit(prepared)(self.base, experts, router) if once else experts  # cast and laid out
+        served = jax.jit(prepared)(self.base, experts, router) if once else experts  # cast and laid out
+        self._served, self._constants = put_trained(served, self.mesh), jax.device_put(router, replicated(self.mesh))
 
     def train(self, run: RunFolder) -> tuple[Router, Any]:
         """The trained router and its stacked experts, from the newest checkpoint on."""
-        trained = jax.tree.map(jnp.copy, trained_router(self.router, self.experts))
-        count = len(self.router.names)
-        previous = jnp.full((self.backbone.config.num_layers, count), 1.0 / count)
         checkpoints = Checkpoints(run.path / "checkpoints" / "router", self.config.checkpoint)
         state = run_steps(
-            router_state(trained, self.optimizer, previous), self, self.total, stage="router",
-            metrics_path=run.metrics_path, checkpoints=checkpoints, max_skipped=self.config.train.max_skipped,
+            self.start(), self, self.total, stage="router", metrics_path=run.metrics_path, checkpoints=checkpoints,
+            max_skipped=self.config.train.max_skipped, mesh=self.mesh,
         )  # fmt: skip
         checkpoints.close()
         if int(state.skipped) >= int(state.step):
@@ -256,6 +268,16 @@ class _Stage:
         if int(state.skipped):
             log.warning("router: %d steps were not finite and changed nothing", int(state.skipped))
         return after_stage_2(state.params, self._at(self.total), self.experts)
+
+    def start(self) -> TrainState:
+        """The state before the first step."""
+        return jax.device_put(self._start(), self.shardings)
+
+    def _start(self) -> TrainState:
+        trained = jax.tree.map(jnp.copy, trained_router(self.router, self.experts))
+        count = len(self.router.names)
+        previous = jnp.full((self.backbone.config.num_layers, count), 1.0 / count)
+        return router_state(trained, self.optimizer, previous)
 
     def active(self, state: TrainState) -> tuple[str, ...]:
         return self.names
@@ -268,7 +290,10 @@ class _Stage:
         return self.batches.serve(start, stop, names)
 
     def step(self, state: TrainState, batch: Mapping[str, Any], names: tuple[str, ...]) -> tuple[TrainState, Any]:
-        router = self._at(int(state.step)) if self._gamma else self.router  # asking the step would wait for it
+        router = self._constants
+        if self._gamma:  # asking the step would wait for it
+            gamma = jax.device_put(self._at(int(state.step)).gamma, replicated(self.mesh))
+            router = dataclasses.replace(router, gamma=gamma)
         return self._update(state, self.base, self._served, router, self.key, batch)
 
     def describe(self, metrics: Any, names: tuple[str, ...]) -> dict[str, float]:
@@ -303,11 +328,11 @@ class _Stage:
                 "gamma after an evaluation"
             )
         zeros = jax.tree.map(jnp.zeros_like, trained_experts(self.experts))
-        sums = held_out_sums(self.backbone.config, self.dtype)
+        sums = held_out_sums(self.backbone.config, self.dtype, self.split)
         shared = dict.fromkeys(self.names, held)
-        batches = validation_batches(shared, self.config.evaluate.batch_size, pad_id(self.backbone))
+        batches = validation_batches(shared, self.config.evaluate.batch_size, pad_id(self.backbone), self.split)
         losses = [
-            mean_losses(sums, (params, self.base, self.experts), batches).tolist()
+            mean_losses(sums, (params, self.base, self.experts), batches, self.mesh).tolist()
             for params in (trained_experts(self.experts), zeros)
         ]
         found = {0: self.router.gamma}

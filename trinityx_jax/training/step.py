@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from trinityx_jax.backbone import BackboneConfig, Decoder
-from trinityx_jax.experts.lora import Experts
+from trinityx_jax.data.batching import WHOLE, Split
+from trinityx_jax.experts.lora import Experts, laid_out_factors
 from trinityx_jax.mocae import Router, hidden_states, losses, token_routing
 from trinityx_jax.mocae.attention import grouped_attention, split_sites
 from trinityx_jax.mocae.config import LAMBDAS
@@ -20,7 +21,7 @@ from trinityx_jax.mocae.model import Prepared
 from trinityx_jax.mocae.router import probabilities
 from trinityx_jax.mocae.statistics import routing_statistics
 from trinityx_jax.sections import TrainConfig
-from trinityx_jax.training.loss import sum_by_group, supervised_nll
+from trinityx_jax.training.loss import slots_of, sum_by_group, supervised_nll
 from trinityx_jax.training.optimizer import expert_norms
 from trinityx_jax.training.state import Trained, TrainState, update_experts, update_router
 
@@ -70,11 +71,12 @@ def expert_sums(
     dropout: float = 0.0,
     keys: jax.Array | None = None,
     remat: str = "none",
+    groups: int = 1,
 ) -> jax.Array:
     """Each expert's summed negative log-likelihood of its own rows' answers [E].
 
     Args:
-        batch: rows grouped by expert in the stacked order (see ``TrainingBatches``).
+        batch: rows grouped by expert in the stacked order, in so many ``groups`` (see ``TrainingBatches``).
         keys: dropout keys [L,E,B], one per layer and row; None is evaluation.
         remat: what the backward pass keeps (``none``, or a key of ``backbone.model.REMAT``).
     """
@@ -84,23 +86,26 @@ def expert_sums(
     inputs: dict[str, Any] = {"experts": own, "attention": attention}
     if keys is not None:
         inputs["keys"] = keys
-    project = grouped_attention(dropout) if attention else None
-    decoder = Decoder(config, grouped_feed_forward(config, dropout), dtype, remat, project)
+    project = grouped_attention(dropout, groups) if attention else None
+    decoder = Decoder(config, grouped_feed_forward(config, dropout, groups), dtype, remat, project)
     hidden: Any = decoder.apply({"params": base}, batch["tokens"], batch["mask"], inputs)[0]
     nll = supervised_nll(base, config, hidden, batch)
-    return sum_by_group(nll, batch["valid"], _group(batch, count), count)
+    return sum_by_group(nll, batch["valid"], _expert(batch, count, groups), count)
 
 
-def supervised_counts(batch: Arrays, count: int) -> jax.Array:
+def supervised_counts(batch: Arrays, count: int, groups: int = 1) -> jax.Array:
     """Supervised positions of each expert in a batch, all its parts together [E]."""
-    group = _group(batch, count).reshape(-1)
-    return sum_by_group(jnp.ones(group.shape), batch["valid"].reshape(-1), group, count)
+
+    def part(batch: Arrays) -> jax.Array:
+        expert = _expert(batch, count, groups)
+        return sum_by_group(jnp.ones(expert.shape), batch["valid"], expert, count)
+
+    return part(batch) if batch["tokens"].ndim == 2 else jnp.sum(jax.vmap(part)(batch), axis=0)
 
 
-def _group(batch: Arrays, count: int) -> jax.Array:
+def _expert(batch: Arrays, count: int, groups: int) -> jax.Array:
     """The expert of every supervised position."""
-    rows, length = batch["tokens"].shape[-2:]
-    return batch["where"] // length // (rows // count)
+    return slots_of(batch) // (batch["tokens"].shape[0] // groups // count) % count
 
 
 def expert_gradients(
@@ -110,6 +115,7 @@ def expert_gradients(
     config: BackboneConfig,
     batch: Arrays,
     keys: jax.Array | None,
+    groups: int = 1,
     **options: Any,
 ) -> tuple[jax.Array, Trained]:
     """(mean loss per expert [E], gradients of their sum), so experts do not influence each other.
@@ -121,15 +127,18 @@ def expert_gradients(
         keys: one key per expert [E], or None for no dropout. options: as ``expert_sums``.
     """
     count = next(iter(trained.values()))["a"].shape[1]
-    total = jnp.maximum(supervised_counts(batch, count), 1.0)
+    total = jnp.maximum(supervised_counts(batch, count, groups), 1.0)
 
     def part(trained: Trained, batch: Arrays, first: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         rows = batch["tokens"].shape[0] // count
         own = None if keys is None else _row_keys(keys, config.num_layers, first + jnp.arange(rows))
-        sums = expert_sums(trained, base, experts, config, batch, keys=own, **options)
+        sums = expert_sums(trained, base, experts, config, batch, keys=own, groups=groups, **options)
         return jnp.sum(sums / total), sums / total
 
-    gradient = jax.grad(part, has_aux=True)
+    def gradient(trained: Trained, batch: Arrays, first: jax.Array | int) -> tuple[Trained, jax.Array]:
+        grads, means = jax.grad(part, has_aux=True)(trained, batch, first)
+        return laid_out_factors(grads), means
+
     if batch["tokens"].ndim == 2:
         grads, means = gradient(trained, batch, 0)
         return means, grads
@@ -158,11 +167,12 @@ def expert_step(
     *,
     dtype: Any,
     dropout: float = 0.0,
+    split: Split = WHOLE,
 ) -> Callable[..., tuple[TrainState, Arrays]]:
     """One stage 1 update: (state, base, experts, keys [E], totals [E], batch, active) -> (state, metrics).
 
-    ``totals`` are each expert's steps; ``active``, static, the indices of those that the batch has rows of.
-    Jit with the state donated.
+    ``totals`` are each expert's steps; ``active``, static, the indices of those that the batch has rows of; ``split``
+    is how its slots are divided. Jit with the state donated.
     """
 
     def step(
@@ -178,8 +188,9 @@ def expert_step(
         own = experts_of((state.params, experts), active)
         used = jax.vmap(jax.random.fold_in, (0, None))(keys[index], state.step) if dropout > 0.0 else None
         means, grads = expert_gradients(
-            own[0], base, own[1], config, batch, used, dtype=dtype, dropout=dropout, remat=train.remat
-        )
+            own[0], base, own[1], config, batch, used, split.groups(len(active)),
+            dtype=dtype, dropout=dropout, remat=train.remat,
+        )  # fmt: skip
         state = update_experts(train, optimizer, state, grads, means, totals[index], active)
         metrics = {"loss": means, "grad_norm": expert_norms(grads)}
         return state, metrics | {"streak": state.streak[index], "skipped": state.skipped[index]}

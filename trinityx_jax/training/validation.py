@@ -9,24 +9,31 @@ import jax
 import numpy as np
 
 from trinityx_jax.backbone import BackboneConfig
-from trinityx_jax.data.batching import Batch
+from trinityx_jax.data.batching import WHOLE, Batch, Split
+from trinityx_jax.parallel.sharding import on_mesh, put_batch
 from trinityx_jax.training.step import expert_sums, supervised_counts
 
 Sums = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def held_out_sums(config: BackboneConfig, dtype: Any) -> Sums:
+def held_out_sums(config: BackboneConfig, dtype: Any, split: Split = WHOLE) -> Sums:
     """Compiled (trained, base, experts, batch) -> each expert's summed loss [E] and supervised tokens [E]."""
 
     @jax.jit
     def sums(trained: Any, base: Any, experts: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         count = jax.tree.leaves(trained)[0].shape[1]
-        return expert_sums(trained, base, experts, config, batch, dtype=dtype), supervised_counts(batch, count)
+        groups = split.groups(count)
+        found = expert_sums(trained, base, experts, config, batch, dtype=dtype, groups=groups)
+        return found, supervised_counts(batch, count, groups)
 
     return sums
 
 
-def mean_losses(sums: Sums, arguments: tuple[Any, Any, Any], batches: Iterable[Batch]) -> np.ndarray:
+def mean_losses(
+    sums: Sums, arguments: tuple[Any, Any, Any], batches: Iterable[Batch], mesh: jax.sharding.Mesh
+) -> np.ndarray:
     """Each expert's mean loss [E] over all batches, by tokens."""
-    total = np.sum([np.asarray(sums(*arguments, batch.arrays()), np.float64) for batch in batches], axis=0)
+    with on_mesh(mesh):
+        found = [jax.device_get(sums(*arguments, put_batch(batch.arrays(), mesh))) for batch in batches]
+    total = np.sum(np.asarray(found, np.float64), axis=0)
     return total[0] / total[1]

@@ -1,0 +1,66 @@
+"""Logical axes of arrays, and where on a mesh they lie. Which mesh axes they have is said by a table from outside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+
+import jax
+from jax.sharding import PartitionSpec
+
+Rules = Mapping[str, tuple[str, ...]]
+_RULES: ContextVar[Rules | None] = ContextVar("rules", default=None)
+
+
+@contextlib.contextmanager
+def logical_rules(table: Rules) -> Iterator[None]:
+    """``constrain`` reads this table within."""
+    token = _RULES.set(table)
+    try:
+        yield
+    finally:
+        _RULES.reset(token)
+
+
+def partition(
+    table: Rules, sizes: Mapping[str, int], axes: Sequence[str | None], shape: Sequence[int]
+) -> PartitionSpec:
+    """How an array of logical ``axes`` (None is no axis of the table's) lies on a mesh of these sizes.
+
+    A mesh axis that there is not, or that does not divide what is left of a dimension, leaves it whole.
+
+    Raises:
+        KeyError: the table lacks an axis.
+    """
+    parts: list[tuple[str, ...] | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        own: list[str] = []
+        for axis in () if name is None else table[name]:
+            if size % sizes.get(axis, size + 1) == 0:
+                own.append(axis)
+                size //= sizes[axis]
+        parts.append(tuple(own) or None)
+    return PartitionSpec(*parts)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """``x`` laid out by its logical axes on the mesh that is set; as it is where none is, or one of one device.
+
+    Raises:
+        RuntimeError: a mesh is set and no table: the constraint would do nothing, silently.
+        KeyError: the table lacks an axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    table = _RULES.get()
+    if not table:
+        raise RuntimeError("a mesh is set without a table from logical to mesh axes (parallel.sharding.on_mesh)")
+    return jax.lax.with_sharding_constraint(x, partition(table, mesh.shape, axes, x.shape))
+
+
+def divided() -> bool:
+    """Whether the mesh that is set has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
