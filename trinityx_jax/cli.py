@@ -22,14 +22,14 @@ from typing import Any, Literal
 import tyro
 
 from trinityx_jax import __version__
-from trinityx_jax.commands import data, routing, vectors
-from trinityx_jax.commands.common import OK, Config, Out, Overrides, Run, Source, own_options, parse_weights, show
+from trinityx_jax.commands import data, planning, routing, vectors
+from trinityx_jax.commands.common import NO, OK, Config, Out, Overrides, Run, Source, own_options, parse_weights, show
 from trinityx_jax.errors import UserError
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-NO, BAD_INPUT, STOPPED = 1, 2, 75
+BAD_INPUT, STOPPED = 2, 75
 # commands that take --key.sub VALUE overrides
-MANY = ("train-experts", "train-router", "calibrate", "compare", "sweep", "data show", "evaluate")
+MANY = ("train-experts", "train-router", "calibrate", "compare", "sweep", "data show", "evaluate", "plan")
 
 
 def quickstart(out: str = "runs/quickstart", model: str | None = None, steps: int | None = None) -> int:
@@ -279,6 +279,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "export": export,
     "report": report,
+    **planning.COMMANDS,
 }
 
 FAMILIES = ("data", "vectors")  # of commands in two words

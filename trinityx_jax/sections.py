@@ -195,7 +195,8 @@ class MeshConfig(Section):
     """Devices along each axis of the mesh, all devices of all hosts together.
 
     ``data`` and ``fsdp`` divide a batch's rows, ``fsdp`` also the weights, ``tensor`` the products inside a layer,
-    ``expert`` the experts. ``auto``: as few parts of the base as fit in half of a device's memory, the rest for data.
+    ``expert`` the experts. ``auto``: as few parts of the base as fit in a quarter of a device's memory, the rest for
+    data.
     """
 
     data: int | Literal["auto"] = "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 
@@ -58,6 +59,22 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if not table:
         raise RuntimeError("a mesh is set without a table from logical to mesh axes (parallel.sharding.on_mesh)")
     return jax.lax.with_sharding_constraint(x, partition(table, mesh.shape, axes, x.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(x: jax.Array, stored: tuple[str | None, ...], used: tuple[str | None, ...]) -> jax.Array:
+    """A weight that lies by the axes ``stored``, laid out as ``used``; its gradient goes back to where it is stored."""
+    return constrain(x, *used)
+
+
+gathered.defvjp(
+    lambda x, stored, used: (constrain(x, *used), None), lambda stored, used, _, g: (constrain(g, *stored),)
+)
+
+
+def few(tokens: int, size_in: int, size_out: int) -> bool:
+    """Whether so many tokens are fewer bytes to move than a weight [in,out] is that they are multiplied with."""
+    return tokens * (size_in + size_out) < size_in * size_out
 
 
 def divided() -> bool:

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from trinityx_jax.backbone import layers
-from trinityx_jax.backbone.axes import constrain
+from trinityx_jax.backbone.axes import constrain, few
 from trinityx_jax.backbone.cache import Cache
 from trinityx_jax.backbone.config import BackboneConfig
 from trinityx_jax.backbone.products import KEPT, bits, kept, matmul, unpacked
 
 Params = Mapping[str, Any]
 RESIDUAL = ("batch", "position", "hidden")  # logical axes of h [B,S,D]
+RESIDUAL_OF_FEW = ("rows", "position", "embed")  # where weights stay where they are and tokens come to them
 NO_WINDOW = 2**30  # positions; more than any sequence has
 # What the backward pass finds of a layer: values marked ``kept``; its input alone. "none" makes nothing again.
 REMAT = {
@@ -133,7 +134,7 @@ class Block(nn.Module):
         with jax.named_scope("feed_forward"):
             u = layers.rms_norm(h, Norm(d, c.norm_offset, name="mlp_norm")(), c.rms_norm_eps, c.norm_offset)
             h, aux = self.feed_forward(mlp, h, u, layer.get("inputs"))
-        h = constrain(h, *RESIDUAL)
+        h = constrain(h, *_residual(c, h))
         if handed is not None:
             aux = dict(aux)
             handed = aux.pop("handed")
@@ -166,7 +167,7 @@ class Decoder(nn.Module):
         h = unpacked(jnp.take(bits(table), tokens, axis=0)).astype(self.dtype)
         if c.scale_embedding:  # the factor is rounded to the dtype, as the model was trained
             h = h * jnp.asarray(c.hidden_size**0.5, self.dtype)
-        h = constrain(h, *RESIDUAL)
+        h = constrain(h, *_residual(c, h))
         shared, layer = _attention_inputs(c, mask, cache)
         layer["inputs"] = inputs
         block = Block
@@ -186,6 +187,11 @@ class Decoder(nn.Module):
             keys, values = out["kv"]
             cache = cache.extended(keys, values, mask) if mask.dtype == bool else None
         return h, out["aux"], cache
+
+
+def _residual(config: BackboneConfig, h: jax.Array) -> tuple[str, str, str]:
+    tokens = h.shape[0] * h.shape[1]
+    return RESIDUAL_OF_FEW if few(tokens, config.hidden_size, config.intermediate_size) else RESIDUAL
 
 
 class _Embedding(nn.Module):

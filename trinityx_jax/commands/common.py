@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from trinityx_jax.errors import UserError
 
-OK = 0
+OK, NO = 0, 1
 Run = Positional[Annotated[str, arg(metavar="RUN")]]
 Config = Positional[Annotated[str, arg(metavar="CONFIG")]]
 Source = Positional[Annotated[str, arg(metavar="SRC")]]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from trinityx_jax.backbone import BackboneConfig
-from trinityx_jax.backbone.axes import constrain
+from trinityx_jax.backbone.axes import constrain, few, gathered
 from trinityx_jax.backbone.products import kept, matmul
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts.task_vector import TaskVector, same_shape
@@ -25,8 +25,8 @@ Experts = Mapping[str, Site]
 FEED_FORWARD = ("gate", "up", "down")
 ATTENTION = ("q", "k", "v", "o")
 SITES = (*FEED_FORWARD, *ATTENTION)
-LARGE = 2**22  # numbers of a stacked factor that are not kept on every device any more
 _INNER = {"gate": "mlp", "up": "mlp", "down": "mlp", "q": "heads", "k": "kv_heads", "v": "kv_heads", "o": "heads"}
+LARGE = 2**18  # numbers of a layer's factors that are not kept on every device any more
 
 
 def site_shape(config: BackboneConfig, site: str) -> tuple[int, int]:
@@ -44,20 +44,39 @@ def site_shape(config: BackboneConfig, site: str) -> tuple[int, int]:
 
 
 def factor_axes(site: str, factor: str, shape: Sequence[int]) -> tuple[str | None, ...]:
-    """Logical axes of a stacked factor ``a`` [L,E,in,R] (side by side: [L,in,E·R]) or ``b`` [L,E,R,out]; of a small one
-    its experts' alone."""
-    outside: str | None = "embed" if (site in ("down", "o")) == (factor == "b") else _INNER[site]
+    """Logical axes of a layer's factor ``a`` [E,in,R] (side by side: [in,E·R]) or ``b`` [E,R,out]; of a small one its
+    experts' alone."""
+    outside: str | None = "factor_embed" if (site in ("down", "o")) == (factor == "b") else "factor_inner"
     if math.prod(shape) < LARGE:
         outside = None
-    if len(shape) == 3:
-        return ("layers", outside, "rank")
-    return ("layers", "expert", outside, "rank") if factor == "a" else ("layers", "expert", "rank", outside)
+    if len(shape) == 2:
+        return (outside, "rank")
+    return ("expert", outside, "rank") if factor == "a" else ("expert", "rank", outside)
+
+
+def for_all(experts: Experts, tokens: int, size_in: int, size_out: int) -> Experts:
+    """A layer's factors for so many tokens that mix all experts: every device has what it takes of each, unless
+    (``few``) the tokens come to where the factors are."""
+    if few(tokens, size_in, size_out):
+        return experts
+    placed = {name: _at_use(site, name, None) for name, site in experts.items()}
+    return {name: {**site, "a": placed[name][0], "b": placed[name][1]} for name, site in experts.items()}
+
+
+def _at_use(site: Site, name: str, expert: str | None) -> tuple[jax.Array, jax.Array]:
+    """A layer's a and b, divided as the base's kernel is and no more; the experts' axis as ``expert`` is."""
+    inner = _INNER[name]
+    inside, outside = (inner, None) if name in ("down", "o") else (None, inner)
+    a, b = site["a"], site["b"]
+    used = ((expert,) if a.ndim == 3 else ()) + (inside, None)
+    stored_a, stored_b = (factor_axes(name, k, x.shape) for k, x in (("a", a), ("b", b)))
+    return gathered(a, stored_a, used), gathered(b, stored_b, (expert, None, outside))
 
 
 def laid_out_factors(trained: Mapping[str, Site]) -> dict[str, dict[str, jax.Array]]:
     """Stacked factors, or gradients of them, where ``factor_axes`` says on the mesh that is set."""
     return {
-        site: {k: constrain(x, *factor_axes(site, k, x.shape)) for k, x in leaves.items()}
+        site: {k: constrain(x, "layers", *factor_axes(site, k, x.shape[1:])) for k, x in leaves.items()}
         for site, leaves in trained.items()
     }
 
@@ -188,15 +207,16 @@ def delta_grouped(
     Args:
         dtype: as in ``delta_weighted``.
         dropout: one key per row [E,G*B], or None in evaluation; the mask falls on the input.
-        index: of the site, whose mask is its own.
+        index: of the site in ``SITES``; its dropout mask is its own.
     """
-    grouped = by_expert(x, site["a"].shape[0], groups)
+    a, b = _at_use(site, SITES[index], "expert")
+    grouped = by_expert(x, len(a), groups)
     if dropout is not None and rate > 0.0:
         grouped = jnp.where(kept(_passes(dropout, index, grouped.shape, rate)), grouped / (1.0 - rate), 0.0).astype(
             x.dtype
         )
-    low = kept(matmul(grouped, site["a"], dtype)) * site["scale"].astype(x.dtype)[:, None, None, None]
-    return by_group(matmul(low, site["b"], dtype), groups)
+    low = kept(matmul(grouped, a, dtype)) * site["scale"].astype(x.dtype)[:, None, None, None]
+    return by_group(matmul(low, b, dtype), groups)
 
 
 def _passes(keys: jax.Array, index: int, shape: tuple[int, ...], rate: float) -> jax.Array:

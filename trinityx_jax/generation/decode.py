@@ -113,7 +113,7 @@ def generate_ids(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed: must be a whole number from 0 to {2**32 - 1}, is {seed}")
     with on_mesh(backbone.params):
-        out, finite = _decode(
+        out, finite = decode(
             backbone.params, stacked, router, static, tokens, mask, jax.random.key(seed),
             config=backbone.config, count=max_new_tokens, ends=ends, sampling=sampling or Sampling(),
             dtype=dtype or stored_dtype(backbone),
@@ -176,7 +176,7 @@ def end_ids(backbone: Backbone) -> tuple[int, ...]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "count", "ends", "sampling", "dtype"))
-def _decode(
+def decode(
     base: Any,
     experts: Any,
     router: Router | None,

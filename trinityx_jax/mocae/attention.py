@@ -7,6 +7,7 @@ sum weighed per token by the alpha of the layer before (before the first layer, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,15 +43,15 @@ def check_policy(mocae: MoCaEConfig, experts: Mapping[str, Any]) -> None:
         )
 
 
-def _linear(mix: Mix) -> AttentionLinear:
+def _linear(mix: Mix, grouped: bool = False) -> AttentionLinear:
     def apply(name: str, weights: Mapping[str, jax.Array], x: jax.Array, inputs: Any, handed: Any) -> jax.Array:
-        y = linear(weights, x)
+        y, kernel = linear(weights, x), weights["kernel"]
         site = inputs["attention"].get(name)
-        return (
-            y
-            if site is None
-            else y + mix(site, x, weights["kernel"].dtype, inputs, handed, len(lora.FEED_FORWARD) + "qkvo".index(name))
-        )
+        if site is None:
+            return y
+        if not grouped:
+            site = lora.for_all({name: site}, math.prod(x.shape[:-1]), *kernel.shape)[name]
+        return y + mix(site, x, kernel.dtype, inputs, handed, lora.SITES.index(name))
 
     return apply
 
@@ -82,4 +83,4 @@ def grouped_attention(dropout: float = 0.0, groups: int = 1) -> AttentionLinear:
     def mix(site: lora.Site, x: jax.Array, dtype: Any, inputs: Any, _: Any, index: int) -> jax.Array:
         return lora.delta_grouped(site, x, dtype, inputs.get("keys"), dropout, index, groups)
 
-    return _linear(mix)
+    return _linear(mix, grouped=True)

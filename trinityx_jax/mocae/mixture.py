@@ -43,6 +43,7 @@ def mixture(
         [B,S,D] in u's dtype.
     """
     narrow = mlp["gate"]["kernel"].dtype
+    experts = lora.for_all(experts, math.prod(u.shape[:-1]), *mlp["gate"]["kernel"].shape)
     gate, up = kept(linear(mlp["gate"], u), narrow), kept(linear(mlp["up"], u), narrow)  # [B,S,F]
     lows = {site: kept(_low(experts[site], u, narrow)) for site in ("gate", "up") if site in experts}
     factors = {site: experts[site]["b"] for site in lows}
@@ -131,6 +132,7 @@ def weight_mixture(mlp: Mlp, experts: lora.Experts, u: jax.Array, alpha: jax.Arr
     alpha is [B,S,E], or [E] for static weights: then it equals merging the vectors.
     """
     act = ACTIVATION_FUNCTIONS[activation]
+    experts = lora.for_all(experts, math.prod(u.shape[:-1]), *mlp["gate"]["kernel"].shape)
 
     def site(name: str, x: jax.Array) -> jax.Array:
         y = linear(mlp[name], x)

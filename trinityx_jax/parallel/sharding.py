@@ -27,6 +27,7 @@ BATCH = ("data", "fsdp", "expert")  # that rows are divided among
 # Logical axis -> mesh axes. An axis that the mesh lacks, or that does not divide the dimension, leaves it whole.
 RULES: Rules = {
     "batch": BATCH,
+    "rows": ("data", "expert"),  # a batch's, where its features are divided as the weights' are
     "position": (),
     "hidden": (),  # the residual stream's features
     "embed": ("fsdp",),  # the same features in a weight
@@ -35,15 +36,17 @@ RULES: Rules = {
     "kv_heads": ("tensor",),
     "vocab": ("tensor",),
     "expert": ("expert",),
+    "factor_embed": ("fsdp",),  # of an expert's factor, the features; the sites' inner features
+    "factor_inner": ("tensor", "fsdp"),
     "rank": (),
     "layers": (),
     "norm": (),
 }
-ROOM = 0.5  # share of a device's memory that the base may have before it is divided further
+ROOM = 0.25  # share of a device's memory that the base may have before it is divided further
 
 
 def mesh_sizes(settings: MeshConfig, devices: int, base_bytes: int, device_bytes: int) -> dict[str, int]:
-    """Devices along each mesh axis: as few parts of the base as fit in half of a device's memory, the rest for data.
+    """Devices along each mesh axis; ``auto`` as in ``MeshConfig``.
 
     Raises:
         UserError: the axes do not make up the devices.
@@ -162,7 +165,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
         names = [str(getattr(part, "key", "")) for part in path][-2:]
         if len(names) < 2 or names[0] not in SITES or names[1] not in ("a", "b"):
             return replicated(mesh)
-        axes = factor_axes(names[0], names[1], leaf.shape)
+        axes = ("layers", *factor_axes(names[0], names[1], leaf.shape[1:]))
         return NamedSharding(mesh, partition(RULES, mesh.shape, axes, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(one, state)

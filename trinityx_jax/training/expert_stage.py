@@ -15,21 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from trinityx_jax.backbone import Backbone
-from trinityx_jax.backbone.products import activations, packed
+from trinityx_jax.backbone.products import packed
 from trinityx_jax.config import RunConfig, save_config
 from trinityx_jax.data.batching import Batch, TrainingBatches, validation_batches
 from trinityx_jax.errors import UserError
-from trinityx_jax.experts import TaskVector, init_expert, stack, unstack
-from trinityx_jax.parallel.sharding import mesh_of, replicated, split_of, state_shardings
+from trinityx_jax.experts import TaskVector, unstack
+from trinityx_jax.parallel.sharding import mesh_of, replicated
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import forget_router, save_experts
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
-from trinityx_jax.training.optimizer import make_optimizer
+from trinityx_jax.training.programs import ExpertProgram
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
 from trinityx_jax.training.settings import SAME_RESULT, STAGE_2, check_one_process, data_settings
-from trinityx_jax.training.state import TrainState, after_validation, expert_state
-from trinityx_jax.training.step import expert_step, experts_of, trained_experts, with_trained
+from trinityx_jax.training.state import TrainState, after_validation
+from trinityx_jax.training.step import experts_of, with_trained
 from trinityx_jax.training.validation import held_out_sums, mean_losses
 
 log = logging.getLogger(__name__)
@@ -142,31 +142,25 @@ class _Group:
     """Experts that are trained in one compiled step (``loop.Work``)."""
 
     def __init__(self, config: RunConfig, backbone: Backbone, rows: Rows, names: list[str]):
-        e, train = config.experts, config.train
+        train = config.train
         self.config, self.backbone, self.names = config, backbone, names
         self.label = _label(names, config)
         self.mesh = mesh_of(backbone.params)
-        scales = {site: {"scale": x["scale"]} for site, x in self._new().items()}
+        self.program = ExpertProgram(config, backbone.config, names, self.mesh)
+        scales = {site: {"scale": x["scale"]} for site, x in self.program.experts().items()}
         self.experts = jax.device_put(scales, replicated(self.mesh))
-        self.split = split_of(self.mesh)
         self.base = packed(backbone.params)
         pack = train.seq_len if train.packing else None
         self.batches = TrainingBatches(
             {name: rows.train[name] for name in names}, train.batch_size, pad_id(backbone), config.seed,
-            train.accumulate, pack, split=self.split,
+            train.accumulate, pack, split=self.program.split,
         )  # fmt: skip
         self.totals = {n: train.steps or self.batches.orders[n].steps(train.epochs) for n in names}
         self.held = {name: rows.validation[name] for name in names}
-        self.optimizer = make_optimizer(train)
         keys = [jax.random.fold_in(jax.random.key(config.seed + 1), zlib.crc32(n.encode())) for n in names]
         self.keys = jax.device_put(jnp.stack(keys), replicated(self.mesh))
-        dtype = activations(config.dtype)
-        update = expert_step(backbone.config, self.optimizer, train, dtype=dtype, dropout=e.dropout, split=self.split)
-        self.shardings = state_shardings(jax.eval_shape(self._start), self.mesh)
-        placed = (self.shardings, replicated(self.mesh))
-        self._update = jax.jit(update, donate_argnums=0, static_argnames="active", out_shardings=placed)
-        self._sums = held_out_sums(backbone.config, dtype, self.split)
-        self._after = jax.jit(after_validation, donate_argnums=0, out_shardings=self.shardings)
+        self._sums = held_out_sums(backbone.config, self.program.dtype, self.program.split)
+        self._after = jax.jit(after_validation, donate_argnums=0, out_shardings=self.program.shardings)
         self._totals = jax.device_put(np.asarray(list(self.totals.values()), np.int32), replicated(self.mesh))
 
     def train(self, run: RunFolder, folder: Path) -> dict[str, TaskVector]:
@@ -186,18 +180,7 @@ class _Group:
 
     def start(self) -> TrainState:
         """The state before the first step."""
-        return jax.device_put(self._start(), self.shardings)
-
-    def _start(self) -> TrainState:
-        keep = self.config.train.patience is not None
-        return expert_state(trained_experts(self._new()), self.optimizer, keep_best=keep)
-
-    def _new(self) -> Any:
-        """The stacked experts before their first step."""
-        e = self.config.experts
-        return stack(
-            [init_expert(self.backbone.config, e.rank, e.alpha, e.sites, self.config.seed, n) for n in self.names]
-        )
+        return jax.device_put(self.program.start(), self.program.shardings)
 
     def vectors(self, state: TrainState) -> dict[str, TaskVector]:
         """The experts that a state stands for: the best ones where they are kept."""
@@ -230,7 +213,7 @@ class _Group:
 
     def step(self, state: TrainState, batch: Mapping[str, Any], names: tuple[str, ...]) -> tuple[TrainState, Any]:
         active = tuple(self.names.index(name) for name in names)
-        return self._update(state, self.base, self.experts, self.keys, self._totals, batch, active=active)
+        return self.program.update(state, self.base, self.experts, self.keys, self._totals, batch, active=active)
 
     def describe(self, metrics: Any, names: tuple[str, ...]) -> dict[str, float]:
         out = {"loss": float(metrics["loss"].mean())}
@@ -259,7 +242,7 @@ class _Group:
         index = tuple(np.flatnonzero(due).tolist())
         held = {name: self.held[name] for i, name in enumerate(self.names) if due[i]}
         own = experts_of((params, self.experts), index)
-        batches = validation_batches(held, self.config.evaluate.batch_size, pad_id(self.backbone), self.split)
+        batches = validation_batches(held, self.config.evaluate.batch_size, pad_id(self.backbone), self.program.split)
         out = np.full(len(self.names), np.nan)
         out[list(index)] = mean_losses(self._sums, (own[0], self.base, own[1]), batches, self.mesh)
         return out

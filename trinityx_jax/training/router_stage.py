@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trinityx_jax.backbone import Backbone
-from trinityx_jax.backbone.products import activations, packed
+from trinityx_jax.backbone.products import packed
 from trinityx_jax.config import SCRATCH, RunConfig, save_config
 from trinityx_jax.data.batching import Batch, TrainingBatches, validation_batches
 from trinityx_jax.data.templates import Encoded
@@ -24,7 +24,7 @@ from trinityx_jax.mocae import Router, init_router
 from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.model import prepared
 from trinityx_jax.mocae.router import extended
-from trinityx_jax.parallel.sharding import mesh_of, put_trained, replicated, split_of, state_shardings
+from trinityx_jax.parallel.sharding import mesh_of, put_trained, replicated, split_of
 from trinityx_jax.run_folder import UNCALIBRATED, RunFolder
 from trinityx_jax.runs import (
     expert_digests,
@@ -39,12 +39,12 @@ from trinityx_jax.runs import (
 from trinityx_jax.training.calibration import RoutingReader, calibrate
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
-from trinityx_jax.training.optimizer import make_optimizer
+from trinityx_jax.training.programs import RouterProgram, router_start
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
 from trinityx_jax.training.seen import warn_of_calibration
 from trinityx_jax.training.settings import SAME_RESULT, check_one_process, data_settings
-from trinityx_jax.training.state import TrainState, router_state
-from trinityx_jax.training.step import after_stage_2, router_step, trained_experts, trained_router
+from trinityx_jax.training.state import TrainState
+from trinityx_jax.training.step import after_stage_2, trained_experts
 from trinityx_jax.training.validation import held_out_sums, mean_losses
 
 log = logging.getLogger(__name__)
@@ -237,19 +237,14 @@ class _Stage:
         self.config, self.backbone, self.rows, self.experts, self.router = config, backbone, rows, experts, router
         self.names = tuple(rows.train)
         self.mesh = mesh_of(backbone.params)
-        self.split = split_of(self.mesh)
-        self.base = packed(backbone.params)
+        self.base, split = packed(backbone.params), split_of(self.mesh)
         self.batches = TrainingBatches(
-            rows.train, train.batch_size, pad_id(backbone), config.seed + 1, join=True, split=self.split
+            rows.train, train.batch_size, pad_id(backbone), config.seed + 1, join=True, split=split
         )
         self.total = train.steps or _steps_of_epochs(self.batches, train.epochs)
-        self.dtype = activations(config.dtype)
-        self.optimizer = make_optimizer(train)
+        shapes = jax.eval_shape(self._start)
+        self.program = RouterProgram(config, backbone.config, self.total, self.mesh, shapes)
         self.key = jax.device_put(jax.random.key(config.seed + 2), replicated(self.mesh))
-        update = router_step(backbone.config, self.optimizer, train, self.total, dtype=self.dtype)
-        self.shardings = state_shardings(jax.eval_shape(self._start), self.mesh)
-        placed = (self.shardings, replicated(self.mesh))
-        self._update = jax.jit(update, donate_argnums=0, out_shardings=placed)
         self._gamma = self._gammas() if router.config.gamma_dynamic else {}
         once = not router.config.train_experts and router.config.mixing != "full"  # which would be E bases
         served = jax.jit(prepared)(self.base, experts, router) if once else experts  # cast and laid out
@@ -271,13 +266,10 @@ class _Stage:
 
     def start(self) -> TrainState:
         """The state before the first step."""
-        return jax.device_put(self._start(), self.shardings)
+        return jax.device_put(self._start(), self.program.shardings)
 
     def _start(self) -> TrainState:
-        trained = jax.tree.map(jnp.copy, trained_router(self.router, self.experts))
-        count = len(self.router.names)
-        previous = jnp.full((self.backbone.config.num_layers, count), 1.0 / count)
-        return router_state(trained, self.optimizer, previous)
+        return router_start(self.config, self.backbone.config, self.router, self.experts)
 
     def active(self, state: TrainState) -> tuple[str, ...]:
         return self.names
@@ -294,7 +286,7 @@ class _Stage:
         if self._gamma:  # asking the step would wait for it
             gamma = jax.device_put(self._at(int(state.step)).gamma, replicated(self.mesh))
             router = dataclasses.replace(router, gamma=gamma)
-        return self._update(state, self.base, self._served, router, self.key, batch)
+        return self.program.update(state, self.base, self._served, router, self.key, batch)
 
     def describe(self, metrics: Any, names: tuple[str, ...]) -> dict[str, float]:
         out = {k: float(v) for k, v in metrics.items() if k not in ("load", "streak", "skipped")}
@@ -328,9 +320,9 @@ class _Stage:
                 "gamma after an evaluation"
             )
         zeros = jax.tree.map(jnp.zeros_like, trained_experts(self.experts))
-        sums = held_out_sums(self.backbone.config, self.dtype, self.split)
+        sums = held_out_sums(self.backbone.config, self.program.dtype, self.program.split)
         shared = dict.fromkeys(self.names, held)
-        batches = validation_batches(shared, self.config.evaluate.batch_size, pad_id(self.backbone), self.split)
+        batches = validation_batches(shared, self.config.evaluate.batch_size, pad_id(self.backbone), self.program.split)
         losses = [
             mean_losses(sums, (params, self.base, self.experts), batches, self.mesh).tolist()
             for params in (trained_experts(self.experts), zeros)

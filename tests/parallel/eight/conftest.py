@@ -1,0 +1,14 @@
+"""What runs on eight virtual devices: only within ``test_eight_devices.py``, whose process has them."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+if jax.device_count() != 8:
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quick_compilation):
+    """All of them."""

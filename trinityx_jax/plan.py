@@ -1,0 +1,218 @@
+"""``trinityx plan``: what a configuration needs on a TPU, found by compiling its programs for it in another process."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from trinityx_jax.backbone import BackboneConfig
+from trinityx_jax.config import RunConfig, load_config
+from trinityx_jax.convert.load import open_source
+from trinityx_jax.data.batching import bucket
+from trinityx_jax.errors import UserError
+from trinityx_jax.files import read_json
+from trinityx_jax.generation.decode import BATCH
+from trinityx_jax.parallel.chips import GIB, TPUS, Chip
+from trinityx_jax.runs import load_experts
+from trinityx_jax.training.flops import expert_flops, forward_flops, router_flops
+
+TOPOLOGY = re.compile(rf"(\d+\*)?({'|'.join(TPUS)}):\d+(x\d+){{0,2}}")
+STAGES = ("experts", "router")
+PROGRAMS = ("train", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A configuration, its stage, the model's geometry and the TPU that it is planned for."""
+
+    config: RunConfig
+    stage: str
+    geometry: Mapping[str, Any]
+    topology: str
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        return BackboneConfig.from_hf(dict(self.geometry), self.config.model)
+
+    @property
+    def chip(self) -> Chip:
+        return TPUS[self.topology.rpartition("*")[2].partition(":")[0]]
+
+    @property
+    def chips(self) -> int:
+        slices, _, one = self.topology.rpartition("*")
+        return int(slices or 1) * math.prod(int(n) for n in one.partition(":")[2].split("x"))
+
+
+def open_plan(path: str, overrides: Sequence[str], topology: str, stage: str | None) -> Plan:
+    """Read what is to be planned; no weights are needed.
+
+    Raises:
+        UserError: the configuration, its model or the topology is wrong, or libtpu is not installed.
+    """
+    if not TOPOLOGY.fullmatch(topology):
+        raise UserError(f"--topology: {topology!r} is not a TPU such as v5e:4x4 or 2*v5p:2x2x2 ({', '.join(TPUS)})")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("plan compiles with libtpu, which is not installed: pip install 'trinityx_jax[tpu]'")
+    if stage is None:
+        stage = _stage_of(path, overrides)
+    config = load_config(path, overrides, stage)
+    return Plan(_with_experts(config, stage), stage, _geometry(config.model), topology)
+
+
+def _stage_of(path: str, overrides: Sequence[str]) -> str:
+    """The only stage whose keys the configuration has; stage 1 where it may be either."""
+    try:
+        load_config(path, overrides, "experts")
+    except UserError:
+        load_config(path, overrides, "router")
+        return "router"
+    return "experts"
+
+
+def _geometry(model: str) -> dict[str, Any]:
+    file = Path(model) / "config.json"
+    return read_json(file) if file.exists() else open_source(model).config.to_hf()
+
+
+def _with_experts(config: RunConfig, stage: str) -> RunConfig:
+    """With the rank and sites of the experts that stage 2 finds; as it is where there are none yet."""
+    source = config.experts.source or config.out
+    if stage == "experts" or source == "scratch" or (isinstance(source, str) and not Path(source).exists()):
+        return config
+    vectors = load_experts(source)
+    own = [vectors[name] for name in config.experts.names if name in vectors]
+    sites = [site for site in ("gate", "up", "down", "q", "k", "v", "o") if any(site in v.sites for v in own)]
+    rank = max((leaf["a"].shape[-1] for v in own for leaf in v.sites.values()), default=config.experts.rank)
+    update = {"rank": rank, "sites": sites or config.experts.sites}
+    return config.model_copy(update={"experts": config.experts.model_copy(update=update)})
+
+
+def compile_programs(plan: Plan, programs: Sequence[str] = PROGRAMS) -> list[dict[str, Any]]:
+    """What ``trinityx_jax.ahead`` finds of each program.
+
+    Raises:
+        UserError: libtpu does not know the topology, or the mesh does not make it up.
+        RuntimeError: the other process failed.
+    """
+    job = {
+        "config": plan.config.model_dump(mode="json", by_alias=True),
+        "geometry": dict(plan.geometry), "where": plan.config.model,
+        "topology": plan.topology, "stage": plan.stage, "programs": list(programs),
+    }  # fmt: skip
+    # the metadata server of a cloud machine is not asked; what libtpu says as it starts is not shown
+    hushed = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(
+        [sys.executable, "-m", "trinityx_jax.ahead"], input=json.dumps(job), text=True, capture_output=True,
+        env={**os.environ, **hushed}, preexec_fn=lambda: os.nice(5),
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"compiling for {plan.topology} failed:\n{done.stderr[-4000:]}")
+    found = json.loads(done.stdout)
+    if isinstance(found, dict):
+        raise UserError(found["error"])
+    return found
+
+
+def alternatives(plan: Plan, program: str, mesh: Mapping[str, int]) -> Iterator[dict[str, str]]:
+    """Changes that need less memory, each with those before it, as overrides."""
+    train, rest = plan.config.train, mesh["data"] * mesh["fsdp"]
+    out: dict[str, str] = {}
+    if mesh["data"] > 1:
+        out |= {"--mesh.data": "1", "--mesh.fsdp": str(rest)}
+        yield dict(out)
+    if program == "decode":
+        heads = plan.backbone.num_kv_heads
+        tensor = max(n for n in range(1, rest + 1) if rest % n == 0 and heads % n == 0)
+        if tensor > mesh["tensor"]:
+            yield {"--mesh.data": "1", "--mesh.fsdp": str(rest // tensor), "--mesh.tensor": str(tensor)}
+        return
+    if train.remat != "all":
+        out["--train.remat"] = "all"
+        yield dict(out)
+    if plan.stage == "experts" and train.accumulate == 1 and train.batch_size > rest and train.batch_size % rest == 0:
+        out["--train.accumulate"] = str(train.batch_size // rest)
+        yield dict(out)
+        return
+    for part in (2, 4):
+        if train.batch_size // part >= 1 and train.accumulate == 1:
+            yield out | {"--train.batch_size": str(train.batch_size // part)}
+
+
+def advice(plan: Plan, path: str, overrides: Sequence[str], found: Mapping[str, Any]) -> str:
+    """What would fit, tried one after another."""
+    for change in alternatives(plan, found["program"], found["mesh"]):
+        flags = [word for pair in change.items() for word in pair]
+        kept = [
+            word for i in range(0, len(overrides), 2) if overrides[i] not in change for word in overrides[i : i + 2]
+        ]
+        other = dataclasses.replace(plan, config=_with_experts(load_config(path, [*kept, *flags]), plan.stage))
+        (result,) = compile_programs(other, [found["program"]])
+        if result["fits"]:
+            return f"{' '.join(flags)} would ({result['needed'] / GIB:.1f} GiB)"
+    return "neither remat nor a smaller batch nor another mesh would; a larger slice may"
+
+
+def required(plan: Plan, program: str) -> float:
+    """Floating-point operations that one run of a program cannot do without, all chips together; half of the tokens
+    supervised, rows full."""
+    config, backbone = plan.config, plan.backbone
+    e, train, length = config.experts, config.train, bucket(config.train.seq_len)
+    rows = train.batch_size * (1 if train.mode == "single" and plan.stage == "experts" else len(e.names))
+    tokens = rows * length
+    if program == "train" and plan.stage == "experts":
+        return expert_flops(backbone, tokens, length / 2, tokens // 2, e.rank, e.sites)
+    if program == "train":
+        trained = config.mocae_config().train_experts
+        return router_flops(backbone, tokens, length / 2, tokens // 2, e.rank, e.sites, len(e.names), trained)
+    new = config.evaluate.max_new_tokens
+    before = forward_flops(backbone, BATCH * length, length / 2, BATCH, e.rank, e.sites, len(e.names))
+    return before + forward_flops(backbone, BATCH * new, length + new / 2, BATCH * new, e.rank, e.sites, len(e.names))
+
+
+def estimate(plan: Plan, found: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds that a program takes at least, by what bounds it, from published peak rates."""
+    chip = plan.chip
+    return {
+        "products": found["flops"] / chip.flops,
+        "memory": found["memory"] / chip.bandwidth,
+        "links": sum(found["sent"].values()) / chip.links,
+    }
+
+
+def table(plan: Plan, found: Mapping[str, Any]) -> Table:
+    """One program's memory on a chip, work in a step, and estimate."""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1) or "1 device"
+    what = {"train": f"{plan.stage}: one training step", "decode": f"{BATCH} answers"}[found["program"]]
+    out = Table(title=f"{plan.config.model}, {what}\n{plan.topology}: {plan.chips} chips, mesh {mesh}", min_width=60)
+    out.add_column("on one chip")
+    out.add_column("", justify="right")
+    for kind, size in found["held"].items():
+        if size >= 2**20:
+            out.add_row(f"{kind}", f"{size / GIB:.2f} GiB")
+    out.add_row("memory", f"{found['needed'] / GIB:.2f} of {found['room'] / GIB:.2f} GiB", end_section=True)
+    if not found["fits"] and "flops" not in found:
+        return out
+    out.add_row("operations", f"{found['flops'] / 1e12:.2f} TFLOP")
+    out.add_row("memory traffic", f"{found['memory'] / 1e9:.1f} GB")
+    for kind, count in sorted(found["counts"].items()):
+        out.add_row(f"{kind} x {count:,}", f"{found['sent'][kind] / 1e9:.3f} GB sent")
+    out.add_row("compiled in", f"{found['compile_seconds']:.0f} s", end_section=True)
+    bounds = estimate(plan, found)
+    least = max(bounds.values())
+    share = required(plan, found["program"]) / (least * plan.chips * plan.chip.flops)
+    for name, seconds in bounds.items():
+        out.add_row(f"estimate: {name} alone", f"{seconds * 1e3:.1f} ms")
+    out.add_row("estimate: at least", f"{least * 1e3:.1f} ms, MFU at most {share:.0%}")
+    return out

@@ -1,0 +1,69 @@
+"""The compiled steps of both stages on a mesh: what training runs, and what ``trinityx plan`` compiles ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from trinityx_jax.backbone import BackboneConfig
+from trinityx_jax.backbone.products import activations
+from trinityx_jax.config import RunConfig
+from trinityx_jax.experts import init_expert, stack
+from trinityx_jax.experts.lora import Experts
+from trinityx_jax.mocae import Router
+from trinityx_jax.parallel.sharding import replicated, split_of, state_shardings
+from trinityx_jax.training.optimizer import make_optimizer
+from trinityx_jax.training.state import TrainState, expert_state, router_state
+from trinityx_jax.training.step import expert_step, router_step, trained_experts, trained_router
+
+
+class ExpertProgram:
+    """Stage 1's step for some experts: ``update`` is compiled, its state donated and laid out by ``shardings``."""
+
+    def __init__(self, config: RunConfig, backbone: BackboneConfig, names: Sequence[str], mesh: Mesh):
+        self.config, self.backbone, self.names, self.mesh = config, backbone, names, mesh
+        self.split, self.dtype = split_of(mesh), activations(config.dtype)
+        self.optimizer = make_optimizer(config.train)
+        self.shardings = state_shardings(jax.eval_shape(self.start), mesh)
+        step = expert_step(
+            backbone, self.optimizer, config.train,
+            dtype=self.dtype, dropout=config.experts.dropout, split=self.split,
+        )  # fmt: skip
+        placed = (self.shardings, replicated(mesh))
+        self.update = jax.jit(step, donate_argnums=0, static_argnames="active", out_shardings=placed)
+
+    def experts(self) -> dict[str, dict[str, jax.Array]]:
+        """The stacked experts before their first step."""
+        e, seed = self.config.experts, self.config.seed
+        return stack([init_expert(self.backbone, e.rank, e.alpha, e.sites, seed, name) for name in self.names])
+
+    def start(self) -> TrainState:
+        """The state before the first step, not laid out yet."""
+        keep = self.config.train.patience is not None
+        return expert_state(trained_experts(self.experts()), self.optimizer, keep_best=keep)
+
+
+class RouterProgram:
+    """Stage 2's step, as ``ExpertProgram``; ``total`` steps are meant."""
+
+    def __init__(self, config: RunConfig, backbone: BackboneConfig, total: int, mesh: Mesh, state: Any):
+        """
+        Args:
+            state: the state before the first step, or its shapes (``router_start``).
+        """
+        self.split, self.dtype = split_of(mesh), activations(config.dtype)
+        self.shardings = state_shardings(state, mesh)
+        step = router_step(backbone, make_optimizer(config.train), config.train, total, dtype=self.dtype)
+        self.update = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated(mesh)))
+
+
+def router_start(config: RunConfig, backbone: BackboneConfig, router: Router, experts: Experts) -> TrainState:
+    """Stage 2's state before the first step, not laid out yet."""
+    trained = jax.tree.map(jnp.copy, trained_router(router, experts))
+    count = len(router.names)
+    previous = jnp.full((backbone.num_layers, count), 1.0 / count)
+    return router_state(trained, make_optimizer(config.train), previous)
