@@ -242,9 +242,6 @@ def compiled(ahead: Ahead, name: str, program: Callable[[], Program]) -> dict[st
     known = sum(held[kind] for kind in ("base", *kinds))
     held["other arguments"] = max(0, memory.argument_size_in_bytes - known)
     out["needed"], out["room"] = sum(held.values()), ahead.chip.memory
-    import os
-
-    os.environ.get("DUMP") and open(os.environ["DUMP"], "w").write(executable.as_text())
     work = hlo.read(executable.as_text(), loops)
     return out | {"fits": True, "loops": loops, **dataclasses.asdict(work)}
 

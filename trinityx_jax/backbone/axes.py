@@ -38,9 +38,10 @@ def partition(
     for name, size in zip(axes, shape, strict=True):
         own: list[str] = []
         for axis in () if name is None else table[name]:
-            if size % sizes.get(axis, size + 1) == 0:
+            count = sizes.get(axis, 1)
+            if count > 1 and size % count == 0:
                 own.append(axis)
-                size //= sizes[axis]
+                size //= count
         parts.append(tuple(own) or None)
     return PartitionSpec(*parts)
 

@@ -81,8 +81,7 @@ class _Reader:
         lines = self.computations.get(name, {})
         for line in lines.values():
             if line.kind == "while":
-                condition = re.search(r"condition=(%[^,\s]+)", line.text)
-                turns = self._turns(condition.group(1)) if condition else self.loops
+                turns = self._turns(line)
                 for body in line.called:
                     self._run(body, times * turns)
                 continue
@@ -97,9 +96,13 @@ class _Reader:
                 for inner in line.called:
                     self._run(inner, times, fused or line.kind == "fusion")
 
-    def _turns(self, condition: str) -> int:
-        """Turns of a loop that counts from 0 to a constant."""
-        lines = self.computations.get(condition, {})
+    def _turns(self, loop: Instruction) -> int:
+        """Turns of a loop: noted by the compiler, or counted from 0 to a constant."""
+        noted = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text)
+        condition = re.search(r"condition=(%[^,\s]+)", loop.text)
+        if noted or condition is None:
+            return int(noted.group(1)) if noted else self.loops
+        lines = self.computations[condition.group(1)]
         root = next(line for line in lines.values() if line.root)
         for operand in root.operands:
             value = re.search(r"constant\((\d+)\)", lines[operand].text) if operand in lines else None

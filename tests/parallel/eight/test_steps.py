@@ -75,8 +75,13 @@ def alone() -> Any:
     return jax.device_get(computed(make_mesh({}, jax.devices()[:1])))
 
 
-@pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+IN_TURN = {(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 1, 8), (2, 2, 1, 2), (1, 2, 4, 1)}  # the rest on request
+
+
+@pytest.mark.parametrize("large", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    "shape", [pytest.param(s, marks=[] if s in IN_TURN else pytest.mark.slow) for s in SHAPES], ids=str
+)
 def test_losses_and_gradients(alone: Any, shape: tuple[int, ...], large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if large:
         monkeypatch.setattr(lora, "LARGE", 0)

@@ -1,0 +1,168 @@
+"""Training, evaluation and generation on eight devices against one: the same losses, scores and answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import trinityx_jax as tx
+from trinityx_jax import cli
+from trinityx_jax.config import RunConfig, parse_config
+from trinityx_jax.convert.load import load_backbone
+from trinityx_jax.data.templates import Encoded
+from trinityx_jax.evaluation.scoring import Scorer
+from trinityx_jax.experts import lora
+from trinityx_jax.runs import load_experts, load_router
+from trinityx_jax.sections import MeshConfig
+from trinityx_jax.training.expert_stage import train_experts
+from trinityx_jax.training.router_stage import stage_experts, train_router
+
+NAMES = ("helpful", "harmless", "honest")
+ALL = MeshConfig(data=2, fsdp=2, tensor=2)
+FILES = {"helpful": ("alpaca", "jsonl"), "harmless": ("beavertails", "jsonl"), "honest": ("truthfulqa", "csv")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _divided() -> Any:
+    """Factors as if they were large, so that nothing here is everywhere."""
+    before, lora.LARGE = lora.LARGE, 0
+    yield
+    lora.LARGE = before
+
+
+@pytest.fixture(scope="module")
+def configure(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
+    folder = tmp_path_factory.mktemp("runs")
+
+    def make(out: str, **sections: dict[str, Any]) -> RunConfig:
+        values: dict[str, Any] = {
+            "model": str(tiny_model), "out": str(folder / out),
+            "data": {
+                name: {"source": f"samples/{name}-train.{end}", "format": kind, "limit": 24, "validation": 0.2}
+                for name, (kind, end) in FILES.items()
+            },
+            "experts": {"names": list(NAMES), "rank": 4, "alpha": 8, "dropout": 0.2},
+            "train": {"steps": 3, "batch_size": 4, "seq_len": 64, "learning_rate": 5e-3},
+            "evaluate": {"batch_size": 4},
+        }  # fmt: skip
+        for section, own in sections.items():
+            values[section] = {**values.get(section, {}), **own}
+        return parse_config(values, "test")
+
+    return make
+
+
+def backbones(model: Path) -> tuple[Any, Any]:
+    return load_backbone(model), load_backbone(model, mesh=ALL)
+
+
+def losses(config: RunConfig) -> list[dict[str, float]]:
+    """What was measured in every step, times apart."""
+    lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if isinstance(v, float) and k != "tokens_per_second"} for line in lines]
+
+
+def near(one: RunConfig, other: RunConfig) -> None:
+    pairs = list(zip(losses(one), losses(other), strict=True))
+    assert pairs
+    for first, second in pairs:
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            # of a gradient's norm and of what a step of it left more is lost than of a loss
+            assert second[key] == pytest.approx(value, rel=1e-5 if "loss" in key else 1e-3, abs=1e-7), key
+
+
+@pytest.fixture(scope="module")
+def joint(configure: Callable[..., RunConfig], tiny_model: Path) -> tuple[RunConfig, RunConfig]:
+    """Stage 1, all experts in a step, on one device and on eight."""
+    configs = configure("alone", train={"evaluate_every": 2}), configure("eight", train={"evaluate_every": 2})
+    for config, backbone in zip(configs, backbones(tiny_model), strict=True):
+        train_experts(config, backbone)
+    return configs
+
+
+def test_stage_1_of_all_experts(joint: tuple[RunConfig, RunConfig]) -> None:
+    near(*joint)
+    one, other = (load_experts(config.out) for config in joint)
+    for name in NAMES:
+        for site, leaf in one[name].sites.items():
+            for key, value in leaf.items():
+                far = np.max(np.abs(other[name].sites[site][key] - value)) / np.max(np.abs(value))
+                assert far < 1e-3, (name, site, key)
+
+
+def test_stage_1_of_one_expert_after_another(configure: Callable[..., RunConfig], tiny_model: Path) -> None:
+    one = configure("single", train={"mode": "single"})
+    other = configure("single-eight", train={"mode": "single", "accumulate": 1})
+    for config, backbone in zip((one, other), backbones(tiny_model), strict=True):
+        train_experts(config, backbone)
+    near(one, other)
+
+
+@pytest.fixture(scope="module")
+def routed(joint: tuple[RunConfig, RunConfig], configure: Callable[..., RunConfig], tiny_model: Path) -> Any:
+    """Stage 2 over the experts that one device trained."""
+    own = {"experts": {"from": joint[0].out}, "mocae": {"lambda_gate": 1.0, "calibration": "temperature"}}
+    shared = {"names": list(NAMES)} | own["experts"]
+    configs = []
+    for name, backbone in zip(("router", "router-eight"), backbones(tiny_model), strict=True):
+        config = configure(name, mocae=own["mocae"])
+        values = config.model_dump(mode="json", by_alias=True)
+        values["experts"] = shared
+        config = parse_config(values, "test")
+        train_router(config, backbone, stage_experts(config, backbone))
+        configs.append(config)
+    return tuple(configs)
+
+
+def test_stage_2(routed: tuple[RunConfig, RunConfig]) -> None:
+    near(*routed)
+    one, other = (load_router(config.out) for config in routed)
+    np.testing.assert_allclose(other.temperature, one.temperature, rtol=1e-3)
+    assert np.max(np.abs(other.kernel - one.kernel)) < 1e-3 * np.max(np.abs(one.kernel))
+
+
+def test_scores(routed: tuple[RunConfig, RunConfig], tiny_model: Path) -> None:
+    vectors, router = load_experts(routed[0].out), load_router(routed[0].out)
+    draw = np.random.default_rng(0)
+    rows = [Encoded(draw.integers(4, 200, n).astype(np.int32), n // 2) for n in (7, 40, 12, 33, 21)]
+    one, other = (Scorer(backbone, vectors, "float32", 4) for backbone in backbones(tiny_model))
+    for how in ({"weights": np.asarray([0.2, 0.5, 0.0])}, {"router": router}):
+        first, second = one.score(rows, **how), other.score(rows, **how)
+        np.testing.assert_allclose(second.nll, first.nll, rtol=1e-5)
+        for p, q in zip(first.token_pi, second.token_pi, strict=True):
+            np.testing.assert_allclose(q, p, atol=1e-5)
+        alike = [Encoded(np.concatenate([rows[0].ids[:4], row.ids]), 4 + row.prompt_length) for row in rows]
+        np.testing.assert_allclose(other.score_continuations(alike, **how), one.score_continuations(alike, **how), 1e-5)
+
+
+def test_answers_and_logits(routed: tuple[RunConfig, RunConfig], tiny_model: Path) -> None:
+    vectors, router = load_experts(routed[0].out), load_router(routed[0].out)
+    one, other = backbones(tiny_model)
+    prompts = ["What is a cat?", "Why?", "Tell me of the sea and of ships."]
+    tokens = np.random.default_rng(1).integers(4, 200, (3, 17))
+    for how in ({}, {"experts": vectors, "weights": {"honest": 0.7}}, {"experts": vectors, "router": router}):
+        assert tx.generate(other, prompts, max_new_tokens=12, **how) == tx.generate(
+            one, prompts, max_new_tokens=12, **how
+        )
+        for a, b in zip(tx.forward(one, tokens, **how), tx.forward(other, tokens, **how), strict=True):
+            if a is not None:
+                assert np.max(np.abs(np.asarray(b) - np.asarray(a))) < 1e-5 * np.max(np.abs(a))
+
+
+def test_commands_take_all_devices(
+    configure: Callable[..., RunConfig], tiny_config: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    router = str(tiny_config.with_name("router.yaml"))
+    assert cli.main(["train-experts", str(tiny_config), *out, "--mesh.tensor", "3"]) == 2
+    assert "mesh: expert 1 x tensor 3 does not make up 8 devices" in capsys.readouterr().err
+    assert cli.main(["train-experts", str(tiny_config), *out, "--mesh.expert", "2"]) == 0
+    assert cli.main(["train-router", router, *out, "--mesh.fsdp", "2"]) == 0
+    assert cli.main(["evaluate", out[1], "--evaluate.max_new_tokens", "4"]) == 0
+    assert cli.main(["generate", out[1], "--prompt", "Hello", "--max-new-tokens", "4"]) == 0
