@@ -226,14 +226,9 @@ def compiled(ahead: Ahead, name: str, program: Callable[[], Program]) -> dict[st
     try:
         executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) and found is None:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-        if found is not None:
-            out["needed"] = float(found.group(1)) * scale[found.group(2)]
-            out["room"] = float(found.group(3)) * scale[found.group(4)]
-        return out | {"fits": False, "reason": str(error).splitlines()[0][:300]}
+        return out | {"fits": False} | _too_much(str(error), held, ahead.chip.memory)
     out["compile_seconds"] = time.monotonic() - began
     memory = executable.memory_analysis()
     held["temporaries"] = memory.temp_size_in_bytes
@@ -244,6 +239,18 @@ def compiled(ahead: Ahead, name: str, program: Callable[[], Program]) -> dict[st
     out["needed"], out["room"] = sum(held.values()), ahead.chip.memory
     work = hlo.read(executable.as_text(), loops)
     return out | {"fits": True, "loops": loops, **dataclasses.asdict(work)}
+
+
+def _too_much(message: str, held: dict[str, int], memory: int) -> dict[str, float]:
+    """What a program that does not fit needs and has room for, of the compiler's words."""
+    scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    sizes = [float(number) * scale[unit] for number, unit in re.findall(r"([\d.]+)([KMGT])\b", message)]
+    if "Used " in message and len(sizes) >= 2:  # of all
+        return {"needed": sizes[0], "room": sizes[1]}
+    if "temporaries" in message and len(sizes) >= 2:
+        held["temporaries"] = int(sizes[0])
+        return {"needed": sum(held.values()), "room": sizes[1]}
+    return {"needed": sum(held.values()), "room": memory}
 
 
 def main() -> int:

@@ -99,26 +99,27 @@ def _with_experts(config: RunConfig, stage: str) -> RunConfig:
     return config.model_copy(update={"experts": config.experts.model_copy(update=update)})
 
 
-def compile_programs(plan: Plan, programs: Sequence[str] = PROGRAMS) -> list[dict[str, Any]]:
-    """What ``trinityx_jax.ahead`` finds of each program.
+def compile_programs(plan: Plan, programs: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """What ``trinityx_jax.ahead`` finds of each program; None is all of ``PROGRAMS``.
 
     Raises:
-        UserError: libtpu does not know the topology, or the mesh does not make it up.
-        RuntimeError: the other process failed.
+        UserError: libtpu does not know the topology, the mesh does not make it up, or the compiler failed.
     """
     job = {
         "config": plan.config.model_dump(mode="json", by_alias=True),
         "geometry": dict(plan.geometry), "where": plan.config.model,
-        "topology": plan.topology, "stage": plan.stage, "programs": list(programs),
+        "topology": plan.topology, "stage": plan.stage, "programs": list(programs or PROGRAMS),
     }  # fmt: skip
     # the metadata server of a cloud machine is not asked; what libtpu says as it starts is not shown
     hushed = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    hushed["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the time it takes is told
     done = subprocess.run(
         [sys.executable, "-m", "trinityx_jax.ahead"], input=json.dumps(job), text=True, capture_output=True,
         env={**os.environ, **hushed}, preexec_fn=lambda: os.nice(5),
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"compiling for {plan.topology} failed:\n{done.stderr[-4000:]}")
+        last = ([line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"])[-1]
+        raise UserError(f"compiling for {plan.topology} failed ({last[:300]})")
     found = json.loads(done.stdout)
     if isinstance(found, dict):
         raise UserError(found["error"])
@@ -191,11 +192,23 @@ def estimate(plan: Plan, found: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def _scaled(value: float, unit: str) -> str:
+    """Three digits and a prefix: 4.48 GFLOP."""
+    power = min(4, max(-2, math.floor(math.log10(value) / 3))) if value > 0 else 0
+    return f"{value / 1000**power:.3g} {['u', 'm', '', 'k', 'M', 'G', 'T'][power + 2]}{unit}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def table(plan: Plan, found: Mapping[str, Any]) -> Table:
     """One program's memory on a chip, work in a step, and estimate."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1) or "1 device"
     what = {"train": f"{plan.stage}: one training step", "decode": f"{BATCH} answers"}[found["program"]]
-    out = Table(title=f"{plan.config.model}, {what}\n{plan.topology}: {plan.chips} chips, mesh {mesh}", min_width=60)
+    out = Table(
+        title=f"{plan.config.model}, {what}\n{plan.topology}: {_count(plan.chips, 'chip')}, mesh {mesh}", min_width=60
+    )
     out.add_column("on one chip")
     out.add_column("", justify="right")
     for kind, size in found["held"].items():
@@ -204,15 +217,15 @@ def table(plan: Plan, found: Mapping[str, Any]) -> Table:
     out.add_row("memory", f"{found['needed'] / GIB:.2f} of {found['room'] / GIB:.2f} GiB", end_section=True)
     if not found["fits"] and "flops" not in found:
         return out
-    out.add_row("operations", f"{found['flops'] / 1e12:.2f} TFLOP")
-    out.add_row("memory traffic", f"{found['memory'] / 1e9:.1f} GB")
+    out.add_row("operations", _scaled(found["flops"], "FLOP"))
+    out.add_row("memory traffic", _scaled(found["memory"], "B"))
     for kind, count in sorted(found["counts"].items()):
-        out.add_row(f"{kind} x {count:,}", f"{found['sent'][kind] / 1e9:.3f} GB sent")
+        out.add_row(f"{kind} x {count:,}", f"{_scaled(found['sent'][kind], 'B')} sent")
     out.add_row("compiled in", f"{found['compile_seconds']:.0f} s", end_section=True)
     bounds = estimate(plan, found)
     least = max(bounds.values())
     share = required(plan, found["program"]) / (least * plan.chips * plan.chip.flops)
     for name, seconds in bounds.items():
-        out.add_row(f"estimate: {name} alone", f"{seconds * 1e3:.1f} ms")
-    out.add_row("estimate: at least", f"{least * 1e3:.1f} ms, MFU at most {share:.0%}")
+        out.add_row(f"estimate: {name} alone", _scaled(seconds, "s"))
+    out.add_row("estimate: at least", f"{_scaled(least, 's')}, MFU at most {share:.0%}")
     return out

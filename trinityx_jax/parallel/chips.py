@@ -18,9 +18,8 @@ class Chip:
     links: float
 
 
-# cloud.google.com/tpu/docs: v4, v5e, v5p, v6e; of links both directions are given there, one of them here
+# cloud.google.com/tpu/docs: v5e, v5p, v6e; of links both directions are given there, one of them here
 TPUS = {
-    "v4": Chip("v4", 275e12, 32 * GIB, 1228e9, 150e9),
     "v5e": Chip("v5e", 197e12, 16 * GIB, 819e9, 200e9),
     "v5p": Chip("v5p", 459e12, 95 * GIB, 2765e9, 600e9),
     "v6e": Chip("v6e", 918e12, 32 * GIB, 1640e9, 400e9),

@@ -1,0 +1,83 @@
+"""What is read off compiled programs, against XLA's own counts where it counts right: without loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trinityx_jax.parallel.hlo import read
+
+X, W = np.ones((24, 32), np.float32), np.ones((32, 48), np.float32)
+
+
+def text(function: Any, *arguments: Any) -> tuple[str, float]:
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return compiled.as_text(), compiled.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: x @ w,
+        lambda x, w: jnp.einsum("bnk,bkm->bnm", x.reshape(4, 6, 32), jnp.stack([w] * 4)),
+        lambda x, w: (x @ w) @ w.T,
+    ],
+)
+def test_operations_of_products_are_xla_s(function: Any) -> None:
+    found, counted = text(function, X, W)
+    assert read(found).flops == pytest.approx(counted, rel=0.02)  # it counts the other operations too
+
+
+def test_a_loop_counts_as_often_as_it_turns() -> None:
+    square = np.ones((32, 32), np.float32)
+
+    def turns(count: int) -> Any:
+        return lambda x, w: jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=count)[0]
+
+    once = 2 * 24 * 32 * 32
+    for count in (2, 7, 50):
+        found, counted = text(turns(count), X, square)
+        assert read(found).flops == count * once
+        assert counted < 2 * once  # XLA takes the body once
+
+    def unknown(x: Any, w: Any, count: Any) -> Any:
+        return jax.lax.fori_loop(0, count, lambda _, h: jnp.tanh(h @ w), x)
+
+    found, _ = text(unknown, X, square, 5)
+    assert read(found, loops=5).flops == 5 * once
+
+
+def test_traffic_of_a_loop_over_a_stack_is_its_slices() -> None:
+    stack = np.ones((64, 256, 256), np.float32)
+    found, _ = text(
+        lambda x, w: jax.lax.scan(lambda h, k: (h @ k, None), x, w)[0], np.ones((4, 256), np.float32), stack
+    )
+    assert stack.nbytes <= read(found).memory <= 4 * stack.nbytes  # 64 times that, were the stack read in every turn
+
+
+TPU = """
+ENTRY %main (p: bf16[8,128], q: bf16[128,64]) -> bf16[8,64] {
+  %p = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %q = bf16[128,64]{1,0:T(8,128)(2,1)} parameter(1)
+  %gather = bf16[32,128]{1,0} all-gather(%p), channel_id=1, replica_groups=[4,4]<=[16], dimensions={0}
+  %again = bf16[32,128]{1,0} all-gather(%p), channel_id=1, replica_groups=[4,4]<=[16], dimensions={0}
+  %sum = bf16[8,128]{1,0} all-reduce(%p), channel_id=2, replica_groups={{0,1},{2,3}}, to_apply=%add
+  %moved = bf16[8,128]{1,0} collective-permute(%p), channel_id=3, source_target_pairs={{0,1},{1,0}}
+  %parts = bf16[8,128]{1,0} reduce-scatter(%gather), channel_id=4, replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%add
+  ROOT %y = bf16[8,64]{1,0} convolution(%p, %q), dim_labels=bf_io->bf
+}
+"""
+
+
+def test_collectives_send_what_their_groups_share() -> None:
+    work, p = read(TPU), 8 * 128 * 2
+    assert work.counts == {"all-gather": 1, "all-reduce": 1, "collective-permute": 1, "reduce-scatter": 1}
+    assert work.sent["all-gather"] == 3 * p  # to each of the others; one channel is one collective
+    assert work.sent["all-reduce"] == 2 * p / 2
+    assert work.sent["collective-permute"] == p
+    assert work.sent["reduce-scatter"] == 4 * p * 3 / 4
+    assert work.flops == 2 * 8 * 128 * 64
