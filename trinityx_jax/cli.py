@@ -25,6 +25,7 @@ from trinityx_jax import __version__
 from trinityx_jax.commands import data, planning, routing, vectors
 from trinityx_jax.commands.common import NO, OK, Config, Out, Overrides, Run, Source, own_options, parse_weights, show
 from trinityx_jax.errors import UserError
+from trinityx_jax.parallel.compilation import keep_compiled
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 BAD_INPUT, STOPPED = 2, 75
@@ -299,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _usage(name.partition(" ")[2], f"{family} ")
     if name not in COMMANDS:
         return _usage(name)
+    keep_compiled()
     try:
         for flag, word in itertools.pairwise(words):
             if not word:

@@ -14,6 +14,11 @@ from typing import Any
 from trinityx_jax.errors import UserError
 
 
+def cache_folder() -> Path:
+    """``$TRINITYX_CACHE``, by default ``~/.cache/trinityx``: what is downloaded or compiled once."""
+    return Path(os.environ.get("TRINITYX_CACHE") or Path.home() / ".cache" / "trinityx")
+
+
 @contextlib.contextmanager
 def atomic_dir(path: Path | str) -> Iterator[Path]:
     """Fill a sibling folder, then rename it to ``path``; on any error nothing is left behind.
