@@ -170,12 +170,3 @@ def test_what_learned_nothing_is_not_done(backbone: Backbone, configure: Any, tm
         train_experts(config, backbone)
     assert not (tmp_path / "run" / "experts").exists()
     assert RunFolder(tmp_path / "run").done("experts") is None
-
-
-def test_a_damaged_state_is_one_sentence(backbone: Backbone, configure: Any, tmp_path: Path, interrupted: Any) -> None:
-    with interrupted(2):
-        train_experts(configure("run", ("helpful",)), backbone)
-    for file in (tmp_path / "run" / "checkpoints").rglob("d/*"):  # which of them is read is the storage's affair
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match="does not fit the configuration, or is damaged"):
-        train_experts(configure("run", ("helpful",)), backbone)

@@ -17,7 +17,7 @@ def keep_compiled() -> None:
 
     A folder for each kind of host: a CPU's programs use what that CPU can do, and a home may be of several machines.
     """
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla" / _host()))
 
 

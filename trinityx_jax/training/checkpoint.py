@@ -1,8 +1,12 @@
-"""Training state through Orbax: never the base, newest kept, resumable."""
+"""Training state through Orbax: never the base, newest kept, written whole or not at all, checked before it is read."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,31 +19,67 @@ from trinityx_jax.files import disk_full
 from trinityx_jax.sections import CheckpointConfig
 from trinityx_jax.training.state import TrainState
 
+log = logging.getLogger(__name__)
+SEAL = "trinityx-files.json"  # of a checkpoint: a digest of each of its files
+LATER = {SEAL, "_CHECKPOINT_METADATA", "commit_success.txt"}  # that orbax writes as it moves a checkpoint into place
+DAMAGED = "damaged-"  # checkpoints that are not whole are kept beside the others under this name
+
 
 class Checkpoints:
-    """Saves and restores one stage's ``TrainState``."""
+    """Saves and restores one stage's ``TrainState``.
+
+    A checkpoint is sealed with digests of its files before it is moved into place: storage reads a flipped bit without
+    a word.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
 
     def __init__(self, folder: Path, settings: CheckpointConfig):
         self.folder = folder
         self.every = settings.every
-        options = ocp.CheckpointManagerOptions(max_to_keep=settings.keep, create=True)
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=settings.keep,
+            create=True,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def restore(self, state: TrainState) -> TrainState:
-        """The newest saved state, or ``state`` where none is saved.
+        """The newest whole state, or ``state`` where none is saved; what is not whole is set aside, and it is said.
 
         Raises:
-            UserError: the saved state does not fit this configuration, or cannot be read.
+            UserError: the saved state does not fit this configuration.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return state
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for tried, step in enumerate(steps):
+            problem = damage(self.folder / str(step))
+            if problem is None:
+                return self._read(step, state)
+            older = f"step {steps[tried + 1]} is tried" if tried + 1 < len(steps) else "the stage begins anew"
+            log.warning("%s: this checkpoint is damaged (%s); %s", self.folder / str(step), problem, older)
+            self._set_aside(step)
+        return state
+
+    def _read(self, step: int, state: TrainState) -> TrainState:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(target))
         except Exception as error:  # orbax and its storage raise many kinds; each means that it cannot be had
-            problem = f"does not fit the configuration, or is damaged ({first_line(error)})"
+            problem = f"does not fit the configuration ({first_line(error)})"
             raise UserError(f"{self.folder / str(step)}: this checkpoint {problem}") from error
+
+    def _set_aside(self, step: int) -> None:
+        with self._writing():
+            target = self.folder / f"{DAMAGED}{step}"
+            number = 1
+            while target.exists():
+                target, number = self.folder / f"{DAMAGED}{step}-{number}", number + 1
+            os.replace(self.folder / str(step), target)
+            self._manager.reload()
 
     def save(self, state: TrainState, wait: bool = False) -> None:
         """Write the state under its step, in the background unless ``wait``.
@@ -59,6 +99,12 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.close()
 
+    def _seal(self) -> None:
+        """Digests of the files of a checkpoint that is about to be moved into place."""
+        for folder in self.folder.resolve().glob("*.orbax-checkpoint-tmp*"):
+            if not (folder / SEAL).exists():
+                (folder / SEAL).write_text(json.dumps(_digests(folder)), encoding="utf-8")
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -66,3 +112,31 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             reason = "No space left on device" if disk_full(error) else first_line(error)
             raise UserError(f"{self.folder}: a checkpoint cannot be written ({reason})") from error
+
+
+def damage(folder: Path) -> str | None:
+    """What of a checkpoint's files is not as it was written; None where all are."""
+    try:
+        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{SEAL} is missing or cannot be read"
+    if not isinstance(sealed, dict):
+        return f"{SEAL} is not a list of files"
+    found = _digests(folder)
+    for name in sorted({*sealed, *found}):
+        if name not in found:
+            return f"{name} is missing"
+        if sealed.get(name) != found[name]:
+            return f"{name} is not what was written"
+    return None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, by its path in the folder."""
+    out = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in LATER:
+            with path.open("rb") as file:
+                out[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return out

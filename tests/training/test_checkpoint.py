@@ -1,0 +1,156 @@
+"""Checkpoints that are whole are used, the newest first; others are set aside, and it is said."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from trinityx_jax.errors import UserError
+from trinityx_jax.run_folder import RunFolder
+from trinityx_jax.runs import load_experts
+from trinityx_jax.sections import CheckpointConfig, TrainConfig
+from trinityx_jax.training.checkpoint import SEAL, Checkpoints, damage
+from trinityx_jax.training.expert_stage import train_experts
+from trinityx_jax.training.optimizer import make_optimizer
+from trinityx_jax.training.state import TrainState, expert_state
+
+
+def state(step: int) -> TrainState:
+    draw = np.random.default_rng(step)
+    params = {"gate": {k: jax.numpy.asarray(draw.normal(size=(2, 3, 40, 8)), "float32") for k in ("a", "b")}}
+    begun = expert_state(params, make_optimizer(TrainConfig()), keep_best=True)
+    return begun.__class__(**{**vars(begun), "step": jax.numpy.int32(step)})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with the states of steps 1, 2 and 3, of which two are kept."""
+    checkpoints = Checkpoints(tmp_path / "saved", CheckpointConfig(every=1, keep=2))
+    for step in (1, 2, 3):
+        checkpoints.save(state(step))
+    checkpoints.close()
+    return tmp_path / "saved"
+
+
+def restored(folder: Path) -> TrainState:
+    return Checkpoints(folder, CheckpointConfig(keep=2)).restore(state(0))
+
+
+def equal(one: TrainState, other: TrainState) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def test_the_newest_comes_back_bit_for_bit(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == ["2", "3"]
+    assert equal(restored(saved), state(3))
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGE = {
+    "a flipped bit": flip,
+    "a cut file": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "a missing file": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_any_damage_to_any_file_of_data_is_noticed(saved: Path, what: str, tmp_path: Path) -> None:
+    """Each file in turn; orbax's own marks of having moved a checkpoint hold nothing of it."""
+    assert damage(saved / "3") is None
+    names = [path.relative_to(saved / "3") for path in files(saved / "3")]
+    names = [name for name in names if str(name) not in ("_CHECKPOINT_METADATA", "commit_success.txt")]
+    assert len(names) > 8 and Path(SEAL) in names
+    for name in names:
+        copy = tmp_path / "copy"
+        shutil.copytree(saved / "3", copy)
+        DAMAGE[what](copy / name)
+        assert str(name) in damage(copy) if name != Path(SEAL) else damage(copy), name
+        shutil.rmtree(copy)
+
+
+def test_the_newest_whole_one_is_used_and_said(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flip(next(path for path in files(saved / "3" / "default" / "d")))
+    with caplog.at_level(logging.WARNING):
+        assert equal(restored(saved), state(2))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{saved / '3'}: this checkpoint is damaged (") and said.endswith("step 2 is tried")
+    assert sorted(path.name for path in saved.iterdir()) == ["2", "damaged-3"]  # nothing is lost
+    checkpoints = Checkpoints(saved, CheckpointConfig(keep=2))  # and its step can be written again
+    checkpoints.save(state(3))
+    checkpoints.close()
+    assert equal(restored(saved), state(3))
+
+
+def test_where_none_is_whole_the_stage_begins_anew(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in ("2", "3"):
+        (saved / step / SEAL).unlink()
+    with caplog.at_level(logging.WARNING):
+        assert equal(restored(saved), state(0))
+    assert caplog.records[-1].getMessage().endswith("the stage begins anew")
+
+
+def test_half_a_checkpoint_of_a_killed_process_is_not_one(saved: Path) -> None:
+    shutil.copytree(saved / "3", saved / "4.orbax-checkpoint-tmp")
+    (saved / "4.orbax-checkpoint-tmp" / "commit_success.txt").unlink(missing_ok=True)
+    assert equal(restored(saved), state(3))
+    checkpoints = Checkpoints(saved, CheckpointConfig(keep=2))
+    checkpoints.save(state(4))
+    checkpoints.close()
+    assert equal(restored(saved), state(4))
+
+
+def test_a_state_of_another_shape_is_refused(saved: Path) -> None:
+    small = jax.tree.map(lambda x: x[..., :4] if x.ndim > 1 else x, state(0))
+    with pytest.raises(UserError, match="3: this checkpoint does not fit the configuration"):
+        Checkpoints(saved, CheckpointConfig()).restore(small)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(UserError, match="a checkpoint cannot be written"):
+        Checkpoints(tmp_path / "locked" / "saved", CheckpointConfig())
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "saved").write_text("no folder")
+    with pytest.raises(UserError, match="saved: a checkpoint cannot be written"):
+        Checkpoints(tmp_path / "saved", CheckpointConfig())
+
+
+def test_training_goes_on_from_the_one_before(backbone: Any, configure: Any, interrupted: Any, caplog: Any) -> None:
+    """Its experts and metrics are those of the run that nothing happened to."""
+    train = {"steps": 6}
+    config, whole = (configure(name, ("helpful",), train=train, checkpoint={"every": 2}) for name in ("run", "whole"))
+    with interrupted(5):
+        train_experts(config, backbone)
+    (folder,) = (Path(config.out) / "checkpoints").iterdir()
+    newest = max(int(path.name) for path in folder.iterdir())
+    flip(next(path for path in files(folder / str(newest) / "default" / "d")))
+    with caplog.at_level(logging.WARNING):
+        train_experts(config, backbone)
+    assert "this checkpoint is damaged" in caplog.text
+    train_experts(whole, backbone)
+    (one,), (other,) = (load_experts(c.out).values() for c in (config, whole))
+    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    steps = [[{k: v for k, v in line.items() if k != "tokens_per_second"} for line in RunFolder(c.out).metrics()]
+             for c in (config, whole)]  # fmt: skip
+    assert steps[0] == steps[1]
+    assert json.dumps(steps[0]).count('"step"') == 6
