@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import tyro
 
 from trinityx_jax import __version__
@@ -26,10 +27,12 @@ from trinityx_jax.commands import data, planning, routing, vectors
 from trinityx_jax.commands.common import NO, OK, Config, Out, Overrides, Run, Source, own_options, parse_weights, show
 from trinityx_jax.errors import UserError
 from trinityx_jax.parallel.compilation import keep_compiled
+from trinityx_jax.parallel.multihost import join_hosts
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 BAD_INPUT, STOPPED = 2, 75
 # commands that take --key.sub VALUE overrides
+ON_MANY_HOSTS = ("train-experts", "train-router")
 MANY = ("train-experts", "train-router", "calibrate", "compare", "sweep", "data show", "evaluate", "plan")
 
 
@@ -306,6 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not word:
                 raise UserError(f"{flag}: what follows it is empty")
         with _interruptible():
+            join_hosts()
+            if jax.process_count() > 1 and name not in ON_MANY_HOSTS:
+                raise UserError(f"{name} runs in one process; this is one of {jax.process_count()}")
             return _call(name, words[len(name.split()) :])
     except UserError as error:
         print(f"trinityx: {' '.join(str(error).split())}", file=sys.stderr)

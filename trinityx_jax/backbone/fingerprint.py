@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from trinityx_jax.backbone.config import BackboneConfig
 from trinityx_jax.backbone.model import Params
@@ -23,8 +24,16 @@ def fingerprint(config: BackboneConfig, params: Params) -> str:
     values = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         index = np.unravel_index(positions(leaf.shape), leaf.shape)
-        values[tuple(key.key for key in path)] = np.asarray(leaf[tuple(index)])
+        values[tuple(key.key for key in path)] = np.asarray(_picked(leaf, tuple(index)))
     return digest(config, values)
+
+
+def _picked(leaf: jax.Array, index: tuple[np.ndarray, ...]) -> jax.Array:
+    """Some values of a leaf, where every host can read them."""
+    if leaf.is_fully_addressable or not isinstance(leaf.sharding, NamedSharding):
+        return leaf[index]
+    whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    return jax.jit(lambda x: x[index], out_shardings=whole)(leaf)
 
 
 def positions(shape: tuple[int, ...]) -> np.ndarray:

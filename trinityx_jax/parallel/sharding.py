@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
@@ -171,26 +173,74 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, state)
 
 
+def on_this_host(tree: Any, mesh: Mesh) -> Any:
+    """A tree of arrays that other hosts hold parts of, whole in this one's memory; as it is on a single host."""
+    if jax.process_count() == 1:
+        return tree
+    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(jnp.asarray, jax.device_get(whole))
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """A tree of arrays that every host has, on the devices of all; ``shardings`` is a tree of them, or one for all."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    places = jax.tree.map(lambda _: shardings, tree) if isinstance(shardings, Sharding) else shardings
+
+    def one(x: Any, place: Sharding) -> jax.Array:
+        value = np.asarray(x)
+        return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+
+    return jax.tree.map(one, tree, places)
+
+
 def put_trained(tree: Any, mesh: Mesh) -> Any:
-    """A tree of ``state_shardings`` on its devices."""
-    return jax.device_put(tree, state_shardings(tree, mesh))
+    """A tree on the devices that ``state_shardings`` says; of what is there already, nothing is moved in vain."""
+    shardings = state_shardings(tree, mesh)
+    there = all(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(tree))
+    return jax.jit(lambda x: x, out_shardings=shardings)(tree) if there else put(tree, shardings)
 
 
-def put_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A ``data.batching.Batch``'s arrays on a mesh: slots divided, the objectives of all rows everywhere."""
+def put_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh, split: Split | None = None) -> dict[str, jax.Array]:
+    """A ``data.batching.Batch``'s arrays on a mesh: slots divided, the objectives of all rows everywhere.
+
+    Args:
+        split: that the batch was made by; None where each host made all of it.
+    """
     lead = arrays["tokens"].ndim - 2  # micro-batches
 
     def one(name: str, x: np.ndarray) -> jax.Array:
+        own = None if split is None or name == "objective" else split.own
+        shape = list(x.shape)
+        if own is not None:
+            shape[lead] = shape[lead] // len(own) * batch_shards(mesh)
         axes = [None] * lead + (["batch"] if name != "objective" else [])
         axes += [None] * (x.ndim - len(axes))
-        return jax.device_put(x, NamedSharding(mesh, partition(RULES, mesh.shape, axes, x.shape)))
+        place = NamedSharding(mesh, partition(RULES, mesh.shape, axes, shape))
+        if jax.process_count() == 1:
+            return jax.device_put(x, place)
+        return jax.make_array_from_callback(tuple(shape), place, functools.partial(_part, x, lead, own))
 
     return {name: one(name, x) for name, x in arrays.items()}
 
 
+def _part(x: np.ndarray, lead: int, own: tuple[int, ...] | None, index: tuple[slice, ...]) -> np.ndarray:
+    """What a device holds of an array of which this host has some shards alone."""
+    if own is None:
+        return x[index]
+    per = x.shape[lead] // len(own)
+    start = own.index((index[lead].start or 0) // per) * per
+    return x[(*index[:lead], slice(start, start + per), *index[lead + 1 :])]
+
+
 def split_of(mesh: Mesh) -> Split:
-    """How batches are divided among a mesh's devices."""
-    return Split(batch_shards(mesh), mesh.shape.get("expert", 1))
+    """How batches are divided among a mesh's devices, and which of the shards this host's devices hold."""
+    shards, own = batch_shards(mesh), None
+    if jax.process_count() > 1:
+        place = NamedSharding(mesh, partition(RULES, mesh.shape, ["batch"], [shards]))
+        held = place.addressable_devices_indices_map((shards,)).values()
+        own = tuple(sorted({index[0].start or 0 for index in held if index is not None}))
+    return Split(shards, mesh.shape.get("expert", 1), own)
 
 
 def batch_shards(mesh: Mesh) -> int:

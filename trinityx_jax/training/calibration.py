@@ -19,7 +19,7 @@ from trinityx_jax.data.templates import Encoded
 from trinityx_jax.mocae import Router, hidden_states, token_routing
 from trinityx_jax.mocae.calibration import SMALLEST, calibrated, row_weights, softmax
 from trinityx_jax.mocae.calibration import probabilities as numpy_probabilities
-from trinityx_jax.parallel.sharding import batch_shards, mesh_of, on_mesh, put_batch, put_trained, replicated
+from trinityx_jax.parallel.sharding import batch_shards, mesh_of, on_mesh, put, put_batch, put_trained, replicated
 
 ROUNDS = 3  # a layer's logits move a little when the layers below mix otherwise
 LEAST = 1e-3  # of the sharpness that training had: no temperature is above a thousandfold of it
@@ -68,7 +68,7 @@ class RoutingReader:
     def logits(self, router: Router, rows: Sequence[Encoded]) -> list[np.ndarray]:
         """z [S,L,E] of each row's tokens, before the temperature."""
         out: dict[int, np.ndarray] = {}
-        router, split = jax.device_put(router, replicated(self.mesh)), Split(batch_shards(self.mesh))
+        router, split = put(router, replicated(self.mesh)), Split(batch_shards(self.mesh))
         for index, batch in evaluation_batches(rows, [0] * len(rows), self.batch_size, 0, split):
             arrays = put_batch(batch.arrays(), self.mesh)
             with on_mesh(self.mesh):

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from trinityx_jax.data.readers import first_line
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import disk_full
+from trinityx_jax.parallel.multihost import is_first, on_first
 from trinityx_jax.sections import CheckpointConfig
 from trinityx_jax.training.state import TrainState
 
@@ -54,15 +55,10 @@ class Checkpoints:
         Raises:
             UserError: the saved state does not fit this configuration.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for tried, step in enumerate(steps):
-            problem = damage(self.folder / str(step))
-            if problem is None:
-                return self._read(step, state)
-            older = f"step {steps[tried + 1]} is tried" if tried + 1 < len(steps) else "the stage begins anew"
-            log.warning("%s: this checkpoint is damaged (%s); %s", self.folder / str(step), problem, older)
-            self._set_aside(step)
-        return state
+        on_first(self._set_damaged_aside)
+        self._manager.reload()
+        step = self._manager.latest_step()
+        return state if step is None else self._read(step, state)
 
     def _read(self, step: int, state: TrainState) -> TrainState:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -72,14 +68,20 @@ class Checkpoints:
             problem = f"does not fit the configuration ({first_line(error)})"
             raise UserError(f"{self.folder / str(step)}: this checkpoint {problem}") from error
 
-    def _set_aside(self, step: int) -> None:
-        with self._writing():
-            target = self.folder / f"{DAMAGED}{step}"
-            number = 1
+    def _set_damaged_aside(self) -> None:
+        """Down to the newest that is whole."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for tried, step in enumerate(steps):
+            problem = damage(self.folder / str(step))
+            if problem is None:
+                return
+            older = f"step {steps[tried + 1]} is tried" if tried + 1 < len(steps) else "the stage begins anew"
+            log.warning("%s: this checkpoint is damaged (%s); %s", self.folder / str(step), problem, older)
+            target, number = self.folder / f"{DAMAGED}{step}", 1
             while target.exists():
                 target, number = self.folder / f"{DAMAGED}{step}-{number}", number + 1
-            os.replace(self.folder / str(step), target)
-            self._manager.reload()
+            with self._writing():
+                os.replace(self.folder / str(step), target)
 
     def save(self, state: TrainState, wait: bool = False) -> None:
         """Write the state under its step, in the background unless ``wait``.
@@ -101,6 +103,8 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Digests of the files of a checkpoint that is about to be moved into place."""
+        if not is_first():
+            return
         for folder in self.folder.resolve().glob("*.orbax-checkpoint-tmp*"):
             if not (folder / SEAL).exists():
                 (folder / SEAL).write_text(json.dumps(_digests(folder)), encoding="utf-8")

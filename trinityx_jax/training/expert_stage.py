@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ from trinityx_jax.config import RunConfig, save_config
 from trinityx_jax.data.batching import Batch, TrainingBatches, validation_batches
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, unstack
-from trinityx_jax.parallel.sharding import mesh_of, replicated
+from trinityx_jax.parallel.multihost import on_first
+from trinityx_jax.parallel.sharding import mesh_of, on_this_host, put, replicated
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import forget_router, save_experts
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.programs import ExpertProgram
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
-from trinityx_jax.training.settings import SAME_RESULT, STAGE_2, check_one_process, data_settings
+from trinityx_jax.training.settings import SAME_RESULT, STAGE_2, data_settings
 from trinityx_jax.training.state import TrainState, after_validation
 from trinityx_jax.training.step import experts_of, with_trained
 from trinityx_jax.training.validation import held_out_sums, mean_losses
@@ -81,35 +83,45 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
         UserError: the rows or the configuration are wrong, or the run folder holds another run.
         Stopped: a signal asked for it; state was saved.
     """
-    check_one_process()
     names = pending(config)
     if not names:
         return {}
     run = RunFolder(config.out)
     rows = load_training_rows(config, backbone, names)
-    run.open(backbone, config.model)
     settings = {name: expert_settings(config, name) for name in names}
-    for name in names:
-        _begin(run, name, settings[name])
-    whole = config.model_copy(update={"train": config.train.model_copy(update={"experts": None})})
-    save_config(whole, run.path / "config-experts.yaml", "experts")
+    on_first(_open, config, backbone, run, settings)
     groups = [names] if config.train.mode == "joint" else [[name] for name in names]
     trained: dict[str, TaskVector] = {}
     for group in groups:
         folder = _checkpoints(run, {name: settings[name] for name in group})
         found = _Group(config, backbone, rows, group).train(run, folder)
         trained |= found
-        save_experts(found, run)
-        before = run.done("experts") or {"names": [], "rows": {}}
-        known = {*before["names"], *group}  # those of other configurations stay in the run
-        order = [n for n in dict.fromkeys([*config.experts.names, *before["names"]]) if n in known]
-        counts = {**before["rows"], **{name: len(rows.train[name]) for name in group}}
-        run.finish("experts", names=order, rows=counts)
-        shutil.rmtree(folder, ignore_errors=True)
-    if set(config.experts.names) <= set((run.done("experts") or {})["names"]):
-        for folder in (run.path / "checkpoints").glob("experts*"):  # what was interrupted and never gone on with
-            shutil.rmtree(folder)
+        on_first(_keep, config, run, found, {name: len(rows.train[name]) for name in group}, folder)
     return trained
+
+
+def _open(config: RunConfig, backbone: Backbone, run: RunFolder, settings: Mapping[str, dict[str, Any]]) -> None:
+    """Begin experts in the run folder."""
+    run.open(backbone, config.model)
+    for name, own in settings.items():
+        _begin(run, name, own)
+    whole = config.model_copy(update={"train": config.train.model_copy(update={"experts": None})})
+    save_config(whole, run.path / "config-experts.yaml", "experts")
+
+
+def _keep(
+    config: RunConfig, run: RunFolder, found: Mapping[str, TaskVector], counts: Mapping[str, int], folder: Path
+) -> None:
+    """Write trained experts, then forget how far they were."""
+    save_experts(found, run)
+    before = run.done("experts") or {"names": [], "rows": {}}
+    known = {*before["names"], *found}  # those of other configurations stay in the run
+    order = [n for n in dict.fromkeys([*config.experts.names, *before["names"]]) if n in known]
+    run.finish("experts", names=order, rows={**before["rows"], **counts})
+    shutil.rmtree(folder, ignore_errors=True)
+    if set(config.experts.names) <= set(order):
+        for left in (run.path / "checkpoints").glob("experts*"):  # what was interrupted and never gone on with
+            shutil.rmtree(left)
 
 
 def _begin(run: RunFolder, name: str, settings: dict[str, Any]) -> None:
@@ -138,6 +150,11 @@ def _label(names: list[str], config: RunConfig) -> str:
     return "experts" if names == config.experts.names else f"experts/{'+'.join(names)}"
 
 
+def _keys(seed: int, names: Sequence[str]) -> jax.Array:
+    """A key for each expert [E], whichever stand beside it."""
+    return jnp.stack([jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())) for name in names])
+
+
 class _Group:
     """Experts that are trained in one compiled step (``loop.Work``)."""
 
@@ -148,7 +165,7 @@ class _Group:
         self.mesh = mesh_of(backbone.params)
         self.program = ExpertProgram(config, backbone.config, names, self.mesh)
         scales = {site: {"scale": x["scale"]} for site, x in self.program.experts().items()}
-        self.experts = jax.device_put(scales, replicated(self.mesh))
+        self.experts = put(scales, replicated(self.mesh))
         self.base = packed(backbone.params)
         pack = train.seq_len if train.packing else None
         self.batches = TrainingBatches(
@@ -157,11 +174,10 @@ class _Group:
         )  # fmt: skip
         self.totals = {n: train.steps or self.batches.orders[n].steps(train.epochs) for n in names}
         self.held = {name: rows.validation[name] for name in names}
-        keys = [jax.random.fold_in(jax.random.key(config.seed + 1), zlib.crc32(n.encode())) for n in names]
-        self.keys = jax.device_put(jnp.stack(keys), replicated(self.mesh))
-        self._sums = held_out_sums(backbone.config, self.program.dtype, self.program.split)
+        self.keys = jax.jit(functools.partial(_keys, config.seed + 1, names), out_shardings=replicated(self.mesh))()
+        self._sums = held_out_sums(backbone.config, self.program.dtype, self.mesh, self.program.split)
         self._after = jax.jit(after_validation, donate_argnums=0, out_shardings=self.program.shardings)
-        self._totals = jax.device_put(np.asarray(list(self.totals.values()), np.int32), replicated(self.mesh))
+        self._totals = put(np.asarray(list(self.totals.values()), np.int32), replicated(self.mesh))
 
     def train(self, run: RunFolder, folder: Path) -> dict[str, TaskVector]:
         """The group's experts, from the newest checkpoint in ``folder`` on."""
@@ -169,6 +185,7 @@ class _Group:
         state = run_steps(
             self.start(), self, max(self.totals.values()), stage=self.label, metrics_path=run.metrics_path,
             checkpoints=checkpoints, max_skipped=self.config.train.max_skipped, mesh=self.mesh,
+            split=self.program.split,
         )  # fmt: skip
         checkpoints.close()
         for name, skipped in zip(self.names, state.skipped.tolist(), strict=True):
@@ -180,12 +197,12 @@ class _Group:
 
     def start(self) -> TrainState:
         """The state before the first step."""
-        return jax.device_put(self.program.start(), self.program.shardings)
+        return put(self.program.start(), self.program.shardings)
 
     def vectors(self, state: TrainState) -> dict[str, TaskVector]:
         """The experts that a state stands for: the best ones where they are kept."""
         e = self.config.experts
-        done = with_trained(self.experts, state.params if state.best is None else state.best)
+        done = on_this_host(with_trained(self.experts, state.params if state.best is None else state.best), self.mesh)
         origin = {"base": self.backbone.fingerprint, "rank": e.rank, "alpha": e.alpha}
         steps = self.totals.values() if state.best_step is None else state.best_step.tolist()
         return {
@@ -234,7 +251,7 @@ class _Group:
             return state, {}
         losses = self._held_out(state.params, due)
         if state.best is not None:
-            state = self._after(state, jnp.asarray(losses, jnp.float32), jnp.asarray(due))
+            state = self._after(state, losses.astype(np.float32), due)
         return state, {f"validation/{n}": float(losses[i]) for i, n in enumerate(self.names) if due[i]}
 
     def _held_out(self, params: Any, due: np.ndarray) -> np.ndarray:
@@ -244,7 +261,7 @@ class _Group:
         own = experts_of((params, self.experts), index)
         batches = validation_batches(held, self.config.evaluate.batch_size, pad_id(self.backbone), self.program.split)
         out = np.full(len(self.names), np.nan)
-        out[list(index)] = mean_losses(self._sums, (own[0], self.base, own[1]), batches, self.mesh)
+        out[list(index)] = mean_losses(self._sums, (own[0], self.base, own[1]), batches, self.mesh, self.program.split)
         return out
 
     def places(self, step: int, bad: np.ndarray, names: tuple[str, ...]) -> list[str]:

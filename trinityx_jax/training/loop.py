@@ -9,15 +9,16 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from trinityx_jax.data.batching import Batch
+from trinityx_jax.data.batching import Batch, Split
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import write_text
+from trinityx_jax.parallel.multihost import is_first, stop_is_agreed
 from trinityx_jax.parallel.sharding import on_mesh, put_batch
 from trinityx_jax.progress import Progress, progress
 from trinityx_jax.training.checkpoint import Checkpoints
@@ -29,16 +30,19 @@ class Stopped(Exception):
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one flushed line a step; on resume, lines past the restored step go."""
+    """``metrics.jsonl``: one flushed line a step, by the first host; on resume, lines past the restored step go."""
 
     def __init__(self, path: Path, stage: str, restored: int, names: Iterable[str]):
         self.stage, self.names = stage, set(names)
+        self._last = time.monotonic()
+        self._file: TextIO | None = None
+        if not is_first():
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             lines = path.read_bytes().decode("utf-8", "replace").splitlines()
             kept = [line for line in lines if self._keep(line, restored)]
             write_text(path, "".join(f"{line}\n" for line in kept))
-        self._last = time.monotonic()
         self._file = path.open("a", encoding="utf-8")
 
     def _keep(self, line: str, restored: int) -> bool:
@@ -57,8 +61,9 @@ class MetricsLog:
         speed = round(tokens / (now - self._last), 1)
         self._last = now
         entry = {"stage": self.stage, "step": step, **values, "tokens": tokens, "tokens_per_second": speed}
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -68,7 +73,8 @@ class MetricsLog:
         self._last += time.monotonic() - began
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 @contextmanager
@@ -76,8 +82,10 @@ def stop_on_signals() -> Iterator[list[int]]:
     """A list that a SIGTERM or SIGINT appends to, instead of killing the process mid-step."""
     received: list[int] = []
     previous = {}
+    # of several hosts each hears of any one's SIGTERM from the others (multihost.stop_is_agreed)
+    numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in numbers:
             previous[number] = signal.signal(number, lambda n, _: received.append(n))
     except ValueError:  # not the main thread: the caller handles signals
         pass
@@ -127,6 +135,7 @@ def run_steps(
     checkpoints: Checkpoints,
     max_skipped: int,
     mesh: Mesh,
+    split: Split,
 ) -> TrainState:
     """Run until step ``total``, or until nothing is active, from wherever the newest checkpoint stands.
 
@@ -138,10 +147,10 @@ def run_steps(
     index = int(state.step)
     recorder = _Recorder(MetricsLog(metrics_path, stage, index, work.names), work, stage, max_skipped)
     try:
-        with progress(stage, total, index) as bar, stop_on_signals() as signals, on_mesh(mesh):
+        with progress(stage, total, index, quiet=not is_first()) as bar, stop_on_signals() as signals, on_mesh(mesh):
             while index < total and (names := work.active(state)):
                 stop = min(work.until(index), total)
-                for batch, arrays in _placed_ahead(work.serve(index, stop, names), mesh):
+                for batch, arrays in _placed_ahead(work.serve(index, stop, names), mesh, split):
                     state, metrics = work.step(state, arrays, names)
                     index += 1
                     recorder.flush(bar)  # one step behind, so the device never waits for the log
@@ -151,14 +160,15 @@ def run_steps(
                         jax.block_until_ready(metrics)
                         with recorder.log.pause():
                             state, values = work.validate(state, names)
-                    stopping = bool(signals)  # read once: one that comes later is for the next step
+                    stopping = stop_is_agreed(index, bool(signals))  # once: what comes later is for the next step
                     saving = stopping or index % checkpoints.every == 0 or index == total
                     if saving or values:
                         recorder.flush(bar, values)
                     if saving:
                         checkpoints.save(state, wait=stopping)
                     if stopping:
-                        raise Stopped(f"{stage}: stopped by signal {signals[0]} after step {index}; run again to go on")
+                        by = f"signal {signals[0]}" if signals else "a signal"
+                        raise Stopped(f"{stage}: stopped by {by} after step {index}; run again to go on")
             recorder.flush(bar)
             checkpoints.save(state)  # early stopping ends between checkpoints
     finally:
@@ -166,11 +176,11 @@ def run_steps(
     return state
 
 
-def _placed_ahead(batches: Iterator[Batch], mesh: Mesh) -> Iterator[tuple[Batch, dict[str, jax.Array]]]:
+def _placed_ahead(batches: Iterator[Batch], mesh: Mesh, split: Split) -> Iterator[tuple[Batch, dict[str, jax.Array]]]:
     """Each batch with its arrays on the devices, which the next one's are on their way to meanwhile."""
     before = None
     for batch in batches:
-        after = (batch, put_batch(batch.arrays(), mesh))
+        after = (batch, put_batch(batch.arrays(), mesh, split))
         if before is not None:
             yield before
         before = after

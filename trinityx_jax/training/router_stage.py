@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,8 @@ from trinityx_jax.mocae import Router, init_router
 from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.model import prepared
 from trinityx_jax.mocae.router import extended
-from trinityx_jax.parallel.sharding import mesh_of, put_trained, replicated, split_of
+from trinityx_jax.parallel.multihost import agreed, on_first
+from trinityx_jax.parallel.sharding import mesh_of, on_this_host, put, put_trained, replicated, split_of
 from trinityx_jax.run_folder import UNCALIBRATED, RunFolder
 from trinityx_jax.runs import (
     expert_digests,
@@ -42,7 +44,7 @@ from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.programs import RouterProgram, router_start
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
 from trinityx_jax.training.seen import warn_of_calibration
-from trinityx_jax.training.settings import SAME_RESULT, check_one_process, data_settings
+from trinityx_jax.training.settings import SAME_RESULT, data_settings
 from trinityx_jax.training.state import TrainState
 from trinityx_jax.training.step import after_stage_2, trained_experts
 from trinityx_jax.training.validation import held_out_sums, mean_losses
@@ -117,11 +119,10 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
             missing, or they hold attention deltas and the configuration does not say what for.
         Stopped: a signal asked for it; state was saved.
     """
-    check_one_process()
     mocae, run = config.mocae_config(), RunFolder(config.out)
     check_router(config)
     own = _own(config, vectors)
-    start = _start(config, backbone, own, vectors)
+    start = agreed(_start(config, backbone, own, vectors))  # gamma is computed by each host
     rows = None
     if mocae.routing != "uniform":
         rows = load_training_rows(config, backbone, together=True)
@@ -131,30 +132,46 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
             "%s: routing is uniform: nothing is trained; only seq_len of train, and nothing of checkpoint, matters",
             run.path,
         )
+    on_first(_open, config, backbone, run, own, rows is None)
+    counts = {name: [0, 0] for name in own}
+    router = start
+    if rows is not None:
+        router, tuned = _Stage(config, backbone, rows, stack(list(own.values())), start).train(run)
+        if mocae.train_experts:
+            on_first(save_experts, _trained(own, tuned, backbone), run)
+        on_first(save_router, router, run.path / UNCALIBRATED, backbone.fingerprint)
+        router = agreed(calibrated_on(config, backbone, tuned, router, rows.calibration))
+        counts = {n: [len(rows.train[n]), len(rows.calibration[n])] for n in own}
+    on_first(_keep, config, backbone, run, router, counts)
+    return router
+
+
+def _open(
+    config: RunConfig, backbone: Backbone, run: RunFolder, own: Mapping[str, TaskVector], untrained: bool
+) -> None:
+    """Begin the stage in the run folder."""
     run.open(backbone, config.model)
     settings = router_settings(config)
     if config.train.anew and run.changed("router", settings) is not None:
         forget_router(run)
     run.begin("router", settings)
-    if rows is None:  # as training left it, of a router that was here before
+    if untrained:  # as training left it, of a router that was here before
         shutil.rmtree(run.path / UNCALIBRATED, ignore_errors=True)
     _own_experts(config, run, own)
     save_config(config, run.path / "config-router.yaml", "router")
-    facts: dict[str, Any] = {"rows": {name: [0, 0] for name in own}}
-    router = start
-    if rows is not None:
-        router, tuned = _Stage(config, backbone, rows, stack(list(own.values())), start).train(run)
-        if mocae.train_experts:
-            save_experts(_trained(own, tuned, backbone), run)
-        save_router(router, run.path / UNCALIBRATED, backbone.fingerprint)
-        router = calibrated_on(config, backbone, tuned, router, rows.calibration)
-        facts = {"rows": {n: [len(rows.train[n]), len(rows.calibration[n])] for n in own}}
+
+
+def _keep(config: RunConfig, backbone: Backbone, run: RunFolder, router: Router, counts: Mapping[str, Any]) -> None:
+    """Write the router, and what later readers want to know of it."""
     save_router(router, run.path / "router", backbone.fingerprint)
-    facts |= {"temperature_trained": mocae.temperature, "temperature": np.asarray(router.temperature).tolist()}
-    facts["calibration"] = router.config.calibration
-    facts["gamma"] = dict(zip(own, np.asarray(router.gamma).tolist(), strict=True))
-    run.finish("router", **facts)
-    return router
+    run.finish(
+        "router",
+        rows=dict(counts),
+        temperature_trained=config.mocae_config().temperature,
+        temperature=np.asarray(router.temperature).tolist(),
+        calibration=router.config.calibration,
+        gamma=dict(zip(router.names, np.asarray(router.gamma).tolist(), strict=True)),
+    )
 
 
 def check_router(config: RunConfig) -> None:
@@ -234,9 +251,11 @@ class _Stage:
 
     def __init__(self, config: RunConfig, backbone: Backbone, rows: Rows, experts: Any, router: Router):
         train = config.train
-        self.config, self.backbone, self.rows, self.experts, self.router = config, backbone, rows, experts, router
+        self.config, self.backbone, self.rows, self.router = config, backbone, rows, router
         self.names = tuple(rows.train)
         self.mesh = mesh_of(backbone.params)
+        self._constants = put(router, replicated(self.mesh))
+        self.experts = put_trained(experts, self.mesh)
         self.base, split = packed(backbone.params), split_of(self.mesh)
         self.batches = TrainingBatches(
             rows.train, train.batch_size, pad_id(backbone), config.seed + 1, join=True, split=split
@@ -244,29 +263,32 @@ class _Stage:
         self.total = train.steps or _steps_of_epochs(self.batches, train.epochs)
         shapes = jax.eval_shape(self._start)
         self.program = RouterProgram(config, backbone.config, self.total, self.mesh, shapes)
-        self.key = jax.device_put(jax.random.key(config.seed + 2), replicated(self.mesh))
+        key = functools.partial(jax.random.key, config.seed + 2)
+        self.key = jax.jit(key, out_shardings=replicated(self.mesh))()
         self._gamma = self._gammas() if router.config.gamma_dynamic else {}
         once = not router.config.train_experts and router.config.mixing != "full"  # which would be E bases
-        served = jax.jit(prepared)(self.base, experts, router) if once else experts  # cast and laid out
-        self._served, self._constants = put_trained(served, self.mesh), jax.device_put(router, replicated(self.mesh))
+        self._served = self.experts
+        if once:  # cast and laid out
+            self._served = put_trained(jax.jit(prepared)(self.base, self.experts, self._constants), self.mesh)
 
     def train(self, run: RunFolder) -> tuple[Router, Any]:
         """The trained router and its stacked experts, from the newest checkpoint on."""
         checkpoints = Checkpoints(run.path / "checkpoints" / "router", self.config.checkpoint)
         state = run_steps(
             self.start(), self, self.total, stage="router", metrics_path=run.metrics_path, checkpoints=checkpoints,
-            max_skipped=self.config.train.max_skipped, mesh=self.mesh,
+            max_skipped=self.config.train.max_skipped, mesh=self.mesh, split=self.program.split,
         )  # fmt: skip
         checkpoints.close()
         if int(state.skipped) >= int(state.step):
             raise UserError("router: no step had a finite loss, gradient and result; nothing was learned")
         if int(state.skipped):
             log.warning("router: %d steps were not finite and changed nothing", int(state.skipped))
-        return after_stage_2(state.params, self._at(self.total), self.experts)
+        trained, experts = on_this_host((state.params, self.experts), self.mesh)
+        return after_stage_2(trained, self._at(self.total), experts)
 
     def start(self) -> TrainState:
         """The state before the first step."""
-        return jax.device_put(self._start(), self.program.shardings)
+        return put(self._start(), self.program.shardings)
 
     def _start(self) -> TrainState:
         return router_start(self.config, self.backbone.config, self.router, self.experts)
@@ -284,7 +306,7 @@ class _Stage:
     def step(self, state: TrainState, batch: Mapping[str, Any], names: tuple[str, ...]) -> tuple[TrainState, Any]:
         router = self._constants
         if self._gamma:  # asking the step would wait for it
-            gamma = jax.device_put(self._at(int(state.step)).gamma, replicated(self.mesh))
+            gamma = put(self._at(int(state.step)).gamma, replicated(self.mesh))
             router = dataclasses.replace(router, gamma=gamma)
         return self.program.update(state, self.base, self._served, router, self.key, batch)
 
@@ -320,11 +342,12 @@ class _Stage:
                 "gamma after an evaluation"
             )
         zeros = jax.tree.map(jnp.zeros_like, trained_experts(self.experts))
-        sums = held_out_sums(self.backbone.config, self.program.dtype, self.program.split)
+        split = self.program.split
+        sums = held_out_sums(self.backbone.config, self.program.dtype, self.mesh, split)
         shared = dict.fromkeys(self.names, held)
-        batches = validation_batches(shared, self.config.evaluate.batch_size, pad_id(self.backbone), self.program.split)
+        batches = validation_batches(shared, self.config.evaluate.batch_size, pad_id(self.backbone), split)
         losses = [
-            mean_losses(sums, (params, self.base, self.experts), batches, self.mesh).tolist()
+            mean_losses(sums, (params, self.base, self.experts), batches, self.mesh, split).tolist()
             for params in (trained_experts(self.experts), zeros)
         ]
         found = {0: self.router.gamma}

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import jax
-
 from trinityx_jax.config import RunConfig
 from trinityx_jax.data import sources
-from trinityx_jax.errors import UserError
 from trinityx_jax.sections import UNSEEN
 
 STAGE_2 = ("experts_learning_rate", "anew")  # keys of ``train`` that stage 1 has no use for
@@ -24,9 +21,3 @@ def data_settings(config: RunConfig, parts: Iterable[str]) -> dict[str, Any]:
         values[part] = data.model_dump(mode="json", by_alias=True, exclude={"test_limit", *UNSEEN})
         files[part] = [sources.digest(data.source), sources.digest(data.test)]
     return {"data": values, "files": files}
-
-
-def check_one_process() -> None:
-    """Raise UserError where several hosts run: each would train, and write, the same."""
-    if jax.process_count() > 1:
-        raise UserError(f"training runs in one process; this is one of {jax.process_count()}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from trinityx_jax.backbone import BackboneConfig, Decoder
@@ -200,7 +201,7 @@ def expert_step(
 
 def experts_of(tree: Any, active: tuple[int, ...]) -> Any:
     """The leaves [L,E,...] of some experts."""
-    return jax.tree.map(lambda x: x if len(active) == x.shape[1] else x[:, jnp.asarray(active)], tree)
+    return jax.tree.map(lambda x: x if len(active) == x.shape[1] else x[:, np.asarray(active)], tree)
 
 
 def router_loss(

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from trinityx_jax.backbone import BackboneConfig
-from trinityx_jax.data.batching import WHOLE, Batch, Split
-from trinityx_jax.parallel.sharding import on_mesh, put_batch
+from trinityx_jax.data.batching import Batch, Split
+from trinityx_jax.parallel.sharding import on_mesh, put_batch, replicated
 from trinityx_jax.training.step import expert_sums, supervised_counts
 
 Sums = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def held_out_sums(config: BackboneConfig, dtype: Any, split: Split = WHOLE) -> Sums:
+def held_out_sums(config: BackboneConfig, dtype: Any, mesh: Mesh, split: Split) -> Sums:
     """Compiled (trained, base, experts, batch) -> each expert's summed loss [E] and supervised tokens [E]."""
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def sums(trained: Any, base: Any, experts: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         count = jax.tree.leaves(trained)[0].shape[1]
         groups = split.groups(count)
@@ -30,10 +32,10 @@ def held_out_sums(config: BackboneConfig, dtype: Any, split: Split = WHOLE) -> S
 
 
 def mean_losses(
-    sums: Sums, arguments: tuple[Any, Any, Any], batches: Iterable[Batch], mesh: jax.sharding.Mesh
+    sums: Sums, arguments: tuple[Any, Any, Any], batches: Iterable[Batch], mesh: Mesh, split: Split
 ) -> np.ndarray:
     """Each expert's mean loss [E] over all batches, by tokens."""
     with on_mesh(mesh):
-        found = [jax.device_get(sums(*arguments, put_batch(batch.arrays(), mesh))) for batch in batches]
+        found = [jax.device_get(sums(*arguments, put_batch(batch.arrays(), mesh, split))) for batch in batches]
     total = np.sum(np.asarray(found, np.float64), axis=0)
     return total[0] / total[1]

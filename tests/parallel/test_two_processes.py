@@ -1,0 +1,127 @@
+"""A real job of two processes with four devices each, against one process with eight: by the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from trinityx_jax import cli
+
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+MESH = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
+
+
+def start(words: list[str], processes: int) -> list[subprocess.Popen]:
+    """The same command in so many processes that make up eight devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out = []
+    for index in range(processes):
+        env = {**os.environ, **QUICK, "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}"}
+        if processes > 1:
+            env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes)}
+            env["JAX_PROCESS_ID"] = str(index)
+        command = [sys.executable, "-m", "trinityx_jax", *words]
+        out.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    return out
+
+
+def finish(running: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
+    said = [process.communicate(timeout=240)[0] for process in running]
+    return [process.returncode for process in running], said
+
+
+def run(words: list[str], processes: int) -> None:
+    codes, said = finish(start(words, processes))
+    assert codes == [0] * processes, "\n".join(said)[-4000:]
+
+
+def measured(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def near(one: Path, other: Path) -> None:
+    """Metrics line by line, and what was trained."""
+    first, second = measured(one), measured(other)
+    assert [(line["stage"], line["step"], line["tokens"]) for line in first] == [
+        (line["stage"], line["step"], line["tokens"]) for line in second
+    ]
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            if isinstance(value, float):
+                assert b[key] == pytest.approx(value, rel=1e-5 if "loss" in key else 1e-4, abs=1e-7), (key, a["step"])
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    assert files == sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        trained, also = load_file(one / file), load_file(other / file)
+        for key, x in trained.items():
+            assert np.max(np.abs(also[key] - x)) <= 1e-3 * np.max(np.abs(x)), (file, key)
+
+
+@pytest.fixture(scope="module")
+def both(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Both stages, in one process and in two; stage 1 keeps each expert's best."""
+    folder = tmp_path_factory.mktemp("hosts")
+    early = ["--train.evaluate_every", "1", "--train.patience", "2"]
+    for name in ("helpful", "harmless", "honest"):
+        early += [f"--data.{name}.validation", "0.2"]
+    for processes in (1, 2):
+        out = ["--out", str(folder / str(processes)), *MESH]
+        run(["train-experts", str(tiny_config), *out, *early], processes)
+        run(["train-router", str(tiny_config.with_name("router.yaml")), *out], processes)
+    return folder / "1", folder / "2"
+
+
+def test_both_stages_are_those_of_one_process(both: tuple[Path, Path]) -> None:
+    near(*both)
+    one, other = (json.loads((path / "run.json").read_text()) for path in both)
+    assert one["settings"] == other["settings"] and one["base"] == other["base"]
+    steps = [json.loads((path / "experts" / "honest" / "expert.json").read_text())["origin"]["steps"] for path in both]
+    assert steps[0] == steps[1]  # the best one's
+
+
+def test_a_signal_to_one_stops_all_and_another_number_goes_on(tiny_config: Path, tmp_path: Path) -> None:
+    """SIGTERM for one of two: both save the same step and exit with 75; one process with one device goes on."""
+    own = ["--train.steps", "12", "--checkpoint.every", "1000"]
+    words = ["train-experts", str(tiny_config), "--out", str(tmp_path / "run"), *own]
+    running = start([*words, *MESH], 2)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running[1].send_signal(signal.SIGTERM)
+    codes, said = finish(running)
+    assert codes == [75, 75], "\n".join(said)[-4000:]
+    assert 2 <= len(measured(tmp_path / "run")) < 12
+    assert cli.main(words) == 0
+    assert cli.main([*words[:3], str(tmp_path / "whole"), *own]) == 0
+    near(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is needed beside JAX_PROCESS_ID"),
+        ({"TRINITYX_HOSTS": "two"}, "TRINITYX_HOSTS: 'two' is not auto"),
+        ({"TRINITYX_HOSTS": "auto"}, "the other hosts cannot be joined"),
+    ],
+)
+def test_half_an_environment_is_refused(given: dict[str, str], message: str, tiny_config: Path) -> None:
+    command = [sys.executable, "-m", "trinityx_jax", "train-experts", str(tiny_config)]
+    done = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr

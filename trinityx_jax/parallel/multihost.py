@@ -1,0 +1,83 @@
+"""Many hosts: joining them, what the first alone does, and what all have to agree on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from trinityx_jax.errors import UserError
+
+HOSTS = "TRINITYX_HOSTS"  # "auto": JAX finds the other hosts by the launcher (Slurm, TPU VM, JobSet, Open MPI)
+ADDRESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def join_hosts() -> None:
+    """Join the other hosts' processes where the environment says that there are some; once, before any array.
+
+    Raises:
+        UserError: the environment says so in part, or the others are not found.
+    """
+    given = [name for name in ADDRESS if os.environ.get(name)]
+    asked = os.environ.get(HOSTS)
+    if (asked is None and not given) or jax.distributed.is_initialized():
+        return
+    if asked not in (None, "auto"):
+        raise UserError(f"{HOSTS}: {asked!r} is not auto")
+    try:
+        if given:
+            missing = [name for name in ADDRESS if name not in given]
+            if missing:
+                raise UserError(f"{missing[0]} is needed beside {given[0]}")
+            count, index = (int(os.environ[name]) for name in ADDRESS[1:])
+            jax.distributed.initialize(os.environ[ADDRESS[0]], count, index)
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the other hosts cannot be joined ({str(error).splitlines()[0]})") from error
+    if not is_first():
+        logging.getLogger().setLevel(logging.ERROR)  # the first says it
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def on_first(function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Run something that writes, by the first process alone; the others wait for it.
+
+    Raises:
+        UserError: it failed there.
+    """
+    error: Exception | None = None
+    if is_first():
+        try:
+            function(*arguments, **options)
+        except Exception as found:
+            error = found
+    if jax.process_count() > 1 and bool(agreed(np.int32(error is not None))) and error is None:
+        raise UserError("the first process failed; its message says why")
+    if error is not None:
+        raise error
+
+
+def agreed(value: Any) -> Any:
+    """The first process's value, everywhere."""
+    return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
+
+
+def stop_is_agreed(step: int, asked: bool) -> bool:
+    """Whether all hosts stop after this step, because one of them was asked to.
+
+    On a single host that is ``asked``. Of several, any one's SIGTERM (a preemption notice) is passed on to all, and all
+    stop after the same step; it must be asked after every step.
+    """
+    if jax.process_count() == 1:
+        return asked
+    return multihost_utils.reached_preemption_sync_point(step)
