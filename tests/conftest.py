@@ -37,7 +37,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     here = Path(__file__).parent  # files that train come first: a worker takes a file at a time, and the last are short
-    items.sort(key=lambda item: item.path.parent not in (here, here / "training"))
+    items.sort(key=lambda item: item.path.parent not in (here / "parallel", here, here / "training"))
     has_torch = importlib.util.find_spec("torch") is not None
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):

@@ -34,6 +34,7 @@ COMMANDS = [
     "evaluate",
     "export",
     "report",
+    "plan",
 ]
 
 

@@ -115,7 +115,7 @@ def compile_programs(plan: Plan, programs: Sequence[str] | None = None) -> list[
     hushed["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the time it takes is told
     done = subprocess.run(
         [sys.executable, "-m", "trinityx_jax.ahead"], input=json.dumps(job), text=True, capture_output=True,
-        env={**os.environ, **hushed}, preexec_fn=lambda: os.nice(5),
+        env={**os.environ, **hushed},
     )  # fmt: skip
     if done.returncode:
         last = ([line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"])[-1]

@@ -147,11 +147,11 @@ def test_stage_1_trains_them(backbone: Backbone, vectors: dict[str, TaskVector])
     """Each expert's loss on its own rows is that of the expert alone, and every attention factor has a gradient."""
     experts = stack(list(vectors.values()))
     tokens = np.random.default_rng(1).integers(0, 40, (3, 8))
-    where = np.arange(24).reshape(3, 8)[:, 3:7].reshape(-1)
-    labels = tokens[:, 4:8].reshape(-1)
+    where = np.arange(24).reshape(3, 8)[:, 3:7].reshape(1, -1)
+    labels = tokens[:, 4:8].reshape(1, -1)
     batch = {
         "tokens": jnp.asarray(tokens), "mask": jnp.ones((3, 8), bool), "where": jnp.asarray(where),
-        "labels": jnp.asarray(labels), "valid": jnp.ones(12, bool),
+        "labels": jnp.asarray(labels), "valid": jnp.ones((1, 12), bool),
     }  # fmt: skip
 
     means, gradient = expert_gradients(trained_experts(experts), backbone.params, experts, CONFIG, batch, None)

@@ -117,6 +117,7 @@ def test_the_experts_learning_rate_is_theirs_alone(run: Any, tiny_run: Path, tin
         np.testing.assert_allclose(step.max(), 1e-4, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_router_over_some_of_a_run_s_experts(
     run: Any, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -450,7 +450,7 @@ def test_stage_2_trains_the_router_and_nothing_else(changes: dict[str, Any], lea
     np.testing.assert_allclose(metrics["loss"], parts, rtol=1e-6)
 
 
-@pytest.mark.parametrize("gate", ["row", "token"])
+@pytest.mark.parametrize("gate", ["row", pytest.param("token", marks=pytest.mark.slow)])
 def test_the_losses_move_experts_that_top_1_leaves_out(gate: str) -> None:
     weights = {f"lambda_{name}": 0.0 for name in ("entropy", "kl", "gate")}
 
@@ -466,9 +466,12 @@ def test_the_losses_move_experts_that_top_1_leaves_out(gate: str) -> None:
     "changes",
     [
         {"lambda_gate": 1.0},
-        {"entropy": "token_literal", "kl": "token", "lambda_kl": 1.0, "top_k": 2, "lambda_balance": 1.0},
+        pytest.param(
+            {"entropy": "token_literal", "kl": "token", "lambda_kl": 1.0, "top_k": 2, "lambda_balance": 1.0},
+            marks=pytest.mark.slow,
+        ),
         {"kl": "layer", "lambda_kl": 1.0, "mixing": "weights", "gate": "token", "lambda_gate": 1.0, "top_k": 2},
-        {"name": "literal", "router_scope": "shared"},
+        pytest.param({"name": "literal", "router_scope": "shared"}, marks=pytest.mark.slow),
     ],
 )
 def test_rows_that_share_slots_give_the_same_loss_and_gradients(changes: dict[str, Any]) -> None:

@@ -122,8 +122,15 @@ def mesh_of(tree: Any) -> Mesh:
 
 
 @contextlib.contextmanager
-def on_mesh(where: Any) -> Iterator[Mesh]:
-    """Within, programs are traced for a mesh, or for that of a tree's arrays, by the table ``RULES``."""
+def on_mesh(where: Any) -> Iterator[Mesh | None]:
+    """Within, programs are traced for a mesh, or for that of a tree's arrays, by the table ``RULES``.
+
+    A tree that is being traced lies on the mesh that whoever traces it has set, if any.
+    """
+    if not isinstance(where, Mesh) and isinstance(jax.tree.leaves(where)[0], jax.core.Tracer):
+        with logical_rules(RULES):
+            yield None
+        return
     mesh = where if isinstance(where, Mesh) else mesh_of(where)
     with jax.set_mesh(mesh), logical_rules(RULES):
         yield mesh

@@ -96,6 +96,7 @@ def test_stage_1_of_all_experts(joint: tuple[RunConfig, RunConfig]) -> None:
                 assert far < 1e-3, (name, site, key)
 
 
+@pytest.mark.slow
 def test_stage_1_of_one_expert_after_another(configure: Callable[..., RunConfig], tiny_model: Path) -> None:
     one = configure("single", train={"mode": "single"})
     other = configure("single-eight", train={"mode": "single", "accumulate": 1})
@@ -155,6 +156,7 @@ def test_answers_and_logits(routed: tuple[RunConfig, RunConfig], tiny_model: Pat
                 assert np.max(np.abs(np.asarray(b) - np.asarray(a))) < 1e-5 * np.max(np.abs(a))
 
 
+@pytest.mark.slow
 def test_commands_take_all_devices(
     configure: Callable[..., RunConfig], tiny_config: Path, tmp_path: Path, capsys: Any
 ) -> None:
