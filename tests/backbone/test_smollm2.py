@@ -150,6 +150,7 @@ def test_logits(ours, theirs):
         assert np.abs(found - wanted).max() <= 2e-4 * np.ptp(wanted), side
 
 
+@pytest.mark.slow
 def test_greedy_answers(ours, theirs):
     """Token for token, by our cache and by theirs."""
     import torch

@@ -12,9 +12,8 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in (HERE / "eight").glob("test_*.py")))
-def test_on_eight_virtual_devices(file: str, request: pytest.FixtureRequest) -> None:
-    words = ["-p", "no:xdist", "-x", str(HERE / "eight" / file), *(["--slow"] * request.config.getoption("--slow"))]
+def test_on_eight_virtual_devices(request: pytest.FixtureRequest) -> None:
+    words = ["-p", "no:xdist", "-x", str(HERE / "eight"), *(["--slow"] * request.config.getoption("--slow"))]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *words], cwd=HERE.parents[1], text=True, capture_output=True,
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},

@@ -1,12 +1,17 @@
-"""Training, evaluation and generation on eight devices against one: the same losses, scores and answers."""
+"""Training, evaluation and generation on eight devices against one: the same losses, scores and answers.
+
+``test_two_processes.py`` trains on eight devices in any case; here training is on request.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,7 +21,8 @@ from trinityx_jax.config import RunConfig, parse_config
 from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.evaluation.scoring import Scorer
-from trinityx_jax.experts import lora
+from trinityx_jax.experts import TaskVector, init_expert, lora
+from trinityx_jax.mocae import Router
 from trinityx_jax.runs import load_experts, load_router
 from trinityx_jax.sections import MeshConfig
 from trinityx_jax.training.expert_stage import train_experts
@@ -86,6 +92,7 @@ def joint(configure: Callable[..., RunConfig], tiny_model: Path) -> tuple[RunCon
     return configs
 
 
+@pytest.mark.slow
 def test_stage_1_of_all_experts(joint: tuple[RunConfig, RunConfig]) -> None:
     near(*joint)
     one, other = (load_experts(config.out) for config in joint)
@@ -121,6 +128,7 @@ def routed(joint: tuple[RunConfig, RunConfig], configure: Callable[..., RunConfi
     return tuple(configs)
 
 
+@pytest.mark.slow
 def test_stage_2(routed: tuple[RunConfig, RunConfig]) -> None:
     near(*routed)
     one, other = (load_router(config.out) for config in routed)
@@ -128,11 +136,28 @@ def test_stage_2(routed: tuple[RunConfig, RunConfig]) -> None:
     assert np.max(np.abs(other.kernel - one.kernel)) < 1e-3 * np.max(np.abs(one.kernel))
 
 
-def test_scores(routed: tuple[RunConfig, RunConfig], tiny_model: Path) -> None:
-    vectors, router = load_experts(routed[0].out), load_router(routed[0].out)
+@pytest.fixture(scope="module")
+def mixed(tiny_model: Path) -> tuple[Any, Any, dict[str, TaskVector], Router]:
+    """The tiny model on one device and on eight; random experts and a router over them."""
+    one, other = backbones(tiny_model)
+    draw = np.random.default_rng(2)
+
+    def drawn(x: Any) -> Any:
+        return np.asarray(draw.normal(size=x.shape) * 0.2, np.float32)
+
+    vectors = {}
+    for name in NAMES:
+        begun = init_expert(one.config, 4, 8.0, lora.FEED_FORWARD, 0, name).sites
+        vectors[name] = TaskVector({s: {**x, "b": jax.numpy.asarray(drawn(x["b"]))} for s, x in begun.items()})
+    router = tx.init_router(one, vectors)
+    return one, other, vectors, dataclasses.replace(router, kernel=jax.numpy.asarray(drawn(router.kernel)))
+
+
+def test_scores(mixed: Any) -> None:
+    one, other, vectors, router = mixed
     draw = np.random.default_rng(0)
     rows = [Encoded(draw.integers(4, 200, n).astype(np.int32), n // 2) for n in (7, 40, 12, 33, 21)]
-    one, other = (Scorer(backbone, vectors, "float32", 4) for backbone in backbones(tiny_model))
+    one, other = (Scorer(backbone, vectors, "float32", 4) for backbone in (one, other))
     for how in ({"weights": np.asarray([0.2, 0.5, 0.0])}, {"router": router}):
         first, second = one.score(rows, **how), other.score(rows, **how)
         np.testing.assert_allclose(second.nll, first.nll, rtol=1e-5)
@@ -142,9 +167,8 @@ def test_scores(routed: tuple[RunConfig, RunConfig], tiny_model: Path) -> None:
         np.testing.assert_allclose(other.score_continuations(alike, **how), one.score_continuations(alike, **how), 1e-5)
 
 
-def test_answers_and_logits(routed: tuple[RunConfig, RunConfig], tiny_model: Path) -> None:
-    vectors, router = load_experts(routed[0].out), load_router(routed[0].out)
-    one, other = backbones(tiny_model)
+def test_answers_and_logits(mixed: Any) -> None:
+    one, other, vectors, router = mixed
     prompts = ["What is a cat?", "Why?", "Tell me of the sea and of ships."]
     tokens = np.random.default_rng(1).integers(4, 200, (3, 17))
     for how in ({}, {"experts": vectors, "weights": {"honest": 0.7}}, {"experts": vectors, "router": router}):
