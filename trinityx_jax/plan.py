@@ -113,6 +113,7 @@ def compile_programs(plan: Plan, programs: Sequence[str] | None = None) -> list[
     # the metadata server of a cloud machine is not asked; what libtpu says as it starts is not shown
     hushed = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
     hushed["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the time it takes is told
+    hushed["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is held: another plan may run beside this one
     done = subprocess.run(
         [sys.executable, "-m", "trinityx_jax.ahead"], input=json.dumps(job), text=True, capture_output=True,
         env={**os.environ, **hushed},

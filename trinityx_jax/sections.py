@@ -204,11 +204,11 @@ class MeshConfig(Section):
     tensor: int = Field(default=1, ge=1)
     expert: int = Field(default=1, ge=1)
 
-    @pydantic.field_validator("data", "fsdp")
+    @pydantic.field_validator("data", "fsdp", mode="before")
     @classmethod
-    def _at_least_one(cls, size: Any) -> Any:
-        if isinstance(size, int) and size < 1:
-            raise ValueError("must be at least 1, or auto")
+    def _count_or_auto(cls, size: Any) -> Any:
+        if size != "auto" and (not isinstance(size, int) or size < 1):
+            raise ValueError("must be a whole number from 1, or auto")
         return size
 
 

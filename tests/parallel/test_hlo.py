@@ -81,3 +81,34 @@ def test_collectives_send_what_their_groups_share() -> None:
     assert work.sent["collective-permute"] == p
     assert work.sent["reduce-scatter"] == 4 * p * 3 / 4
     assert work.flops == 2 * 8 * 128 * 64
+
+
+COUNTED = """
+%body (b: (u32[], f32[4,4])) -> (u32[], f32[4,4]) {
+  %b = (u32[], f32[4,4]{1,0}) parameter(0)
+  %i = u32[] get-tuple-element(%b), index=0
+  %x = f32[4,4]{1,0} get-tuple-element(%b), index=1
+  %two = u32[] constant(STEP)
+  %next = u32[] add(%i, %two)
+  %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %out = (u32[], f32[4,4]{1,0}) tuple(%next, %y)
+}
+
+%condition (c: (u32[], f32[4,4])) -> pred[] {
+  %c = (u32[], f32[4,4]{1,0}) parameter(0)
+  %at = u32[] get-tuple-element(%c), index=0
+  %limit = u32[] constant(9)
+  ROOT %less = pred[] compare(%at, %limit), direction=LT
+}
+
+ENTRY %main (p: (u32[], f32[4,4])) -> (u32[], f32[4,4]) {
+  %p = (u32[], f32[4,4]{1,0}) parameter(0)
+  ROOT %loop = (u32[], f32[4,4]{1,0}) while(%p), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(("step", "turns"), [(1, 9), (2, 5), (3, 3)])
+def test_a_loop_may_count_in_steps(step: int, turns: int) -> None:
+    """As TPU programs do that fetch the next weights while they multiply with these."""
+    assert read(COUNTED.replace("STEP", str(step))).flops == turns * 2 * 4 * 4 * 4

@@ -97,18 +97,28 @@ class _Reader:
                     self._run(inner, times, fused or line.kind == "fusion")
 
     def _turns(self, loop: Instruction) -> int:
-        """Turns of a loop: noted by the compiler, or counted from 0 to a constant."""
+        """Turns of a loop: noted by the compiler, or counted from 0 to a constant in steps of another."""
         noted = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text)
         condition = re.search(r"condition=(%[^,\s]+)", loop.text)
         if noted or condition is None:
             return int(noted.group(1)) if noted else self.loops
         lines = self.computations[condition.group(1)]
-        root = next(line for line in lines.values() if line.root)
-        for operand in root.operands:
-            value = re.search(r"constant\((\d+)\)", lines[operand].text) if operand in lines else None
-            if root.kind == "compare" and "direction=LT" in root.text and value:
-                return int(value.group(1))
-        return self.loops
+        root = _root(lines)
+        limit = next((value for name in root.operands if (value := _constant(lines, name)) is not None), None)
+        if root.kind != "compare" or "direction=LT" not in root.text or limit is None:
+            return self.loops
+        return -(-limit // self._step(loop, lines[root.operands[0]]))
+
+    def _step(self, loop: Instruction, counter: Instruction) -> int:
+        """What a turn of a loop adds to its counter."""
+        index, name = (
+            re.search(text, line.text) for text, line in ((r"index=(\d+)", counter), (r"body=(%[^,\s]+)", loop))
+        )
+        body = self.computations[name.group(1)] if name else {}
+        after = _root(body).operands if body else ()
+        added = body.get(after[int(index.group(1))]) if index and int(index.group(1)) < len(after) else None
+        steps = [_constant(body, name) for name in added.operands] if added is not None and added.kind == "add" else []
+        return next((step for step in steps if step), 1)
 
     def _collective(self, kind: str, line: Instruction, lines: dict[str, Instruction], times: int) -> None:
         channel = re.search(r"channel_id=(\d+)", line.text)
@@ -171,6 +181,16 @@ class _Reader:
                 return None
             size += more
         return size
+
+
+def _root(lines: dict[str, Instruction]) -> Instruction:
+    return next(line for line in lines.values() if line.root)
+
+
+def _constant(lines: dict[str, Instruction], name: str) -> int | None:
+    """The value of an instruction that is a whole number."""
+    found = re.search(r"constant\((\d+)\)", lines[name].text) if name in lines else None
+    return int(found.group(1)) if found else None
 
 
 def _far(shapes: Sequence[Shape]) -> int:
