@@ -100,7 +100,7 @@ class Ahead:
         share = -(-config.train.batch_size // parts // groups) * groups
         batch = self._batch(share * len(names), None if parts == 1 else parts, len(names) * share)
         state = jax.eval_shape(program.start)
-        scales = {s: {"scale": x["scale"]} for s, x in jax.eval_shape(program.experts).items()}
+        scales = jax.eval_shape(program.scales)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), len(names)))
         totals = jax.ShapeDtypeStruct((len(names),), jnp.int32)
         kinds = {

@@ -164,8 +164,7 @@ class _Group:
         self.label = _label(names, config)
         self.mesh = mesh_of(backbone.params)
         self.program = ExpertProgram(config, backbone.config, names, self.mesh)
-        scales = {site: {"scale": x["scale"]} for site, x in self.program.experts().items()}
-        self.experts = put(scales, replicated(self.mesh))
+        self.experts = jax.jit(self.program.scales, out_shardings=replicated(self.mesh))()
         self.base = packed(backbone.params)
         pack = train.seq_len if train.packing else None
         self.batches = TrainingBatches(

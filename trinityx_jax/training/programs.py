@@ -41,6 +41,10 @@ class ExpertProgram:
         e, seed = self.config.experts, self.config.seed
         return stack([init_expert(self.backbone, e.rank, e.alpha, e.sites, seed, name) for name in self.names])
 
+    def scales(self) -> dict[str, dict[str, jax.Array]]:
+        """What of the experts is not trained. Compiled, it draws no factor."""
+        return {site: {"scale": x["scale"]} for site, x in self.experts().items()}
+
     def start(self) -> TrainState:
         """The state before the first step, not laid out yet."""
         keep = self.config.train.patience is not None
@@ -48,13 +52,9 @@ class ExpertProgram:
 
 
 class RouterProgram:
-    """Stage 2's step, as ``ExpertProgram``; ``total`` steps are meant."""
+    """Stage 2's step, as ``ExpertProgram``, of ``total``; ``state`` are the shapes of ``router_start``."""
 
     def __init__(self, config: RunConfig, backbone: BackboneConfig, total: int, mesh: Mesh, state: Any):
-        """
-        Args:
-            state: the state before the first step, or its shapes (``router_start``).
-        """
         self.split, self.dtype = split_of(mesh), activations(config.dtype)
         self.shardings = state_shardings(state, mesh)
         step = router_step(backbone, make_optimizer(config.train), config.train, total, dtype=self.dtype)

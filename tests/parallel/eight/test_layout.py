@@ -61,7 +61,7 @@ def placed(mesh: Any) -> tuple[Any, ...]:
     )
     state = jax.device_put(program.start(), program.shardings)
     everywhere = replicated(mesh)
-    scales = {site: {"scale": jax.device_put(x["scale"], everywhere)} for site, x in program.experts().items()}
+    scales = jax.device_put(program.scales(), everywhere)
     keys = jax.device_put(jax.random.split(jax.random.key(0), 2), everywhere)
     totals = jax.device_put(np.full(2, 4, np.int32), everywhere)
     batch = put_batch(TrainingBatches(ROWS, 8, 0, seed=0, split=program.split)[0].arrays(), mesh)
