@@ -31,8 +31,9 @@ from trinityx_jax.parallel.multihost import join_hosts
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 BAD_INPUT, STOPPED = 2, 75
-# commands that take --key.sub VALUE overrides
+DRY_RUN = "--dry-run"
 ON_MANY_HOSTS = ("train-experts", "train-router")
+# commands that take --key.sub VALUE overrides
 MANY = ("train-experts", "train-router", "calibrate", "compare", "sweep", "data show", "evaluate", "plan")
 
 
@@ -92,14 +93,17 @@ def convert(
     return OK
 
 
-def train_experts(config: Config, overrides: Overrides = ()) -> int:
+def train_experts(config: Config, overrides: Overrides = (), dry_run: bool = False) -> int:
     """Stage 1: train each expert on its own rows. Any key can be overridden: --train.steps 20.
 
     Experts that are done stay as they are; --train.experts [NAME] trains some anew.
 
     Args:
         config: YAML file (see configs/).
+        dry_run: read everything, compile and run one step on virtual CPU devices, and keep nothing.
     """
+    if dry_run:
+        return _dry_run(config, overrides, "experts")
     from trinityx_jax.config import load_config
     from trinityx_jax.convert.load import load_backbone
     from trinityx_jax.run_folder import RunFolder
@@ -117,12 +121,15 @@ def train_experts(config: Config, overrides: Overrides = ()) -> int:
     return OK
 
 
-def train_router(config: Config, overrides: Overrides = ()) -> int:
+def train_router(config: Config, overrides: Overrides = (), dry_run: bool = False) -> int:
     """Stage 2: gamma, the router, its calibration. Any key can be overridden: --mocae.top_k 2.
 
     Args:
         config: YAML file (see configs/); experts.from names the run or folder the experts come from.
+        dry_run: read everything, compile and run one step on virtual CPU devices, and keep nothing.
     """
+    if dry_run:
+        return _dry_run(config, overrides, "router")
     from trinityx_jax.config import load_config
     from trinityx_jax.convert.load import load_backbone
     from trinityx_jax.run_folder import RunFolder
@@ -310,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(f"{flag}: what follows it is empty")
         with _interruptible():
             join_hosts()
-            if jax.process_count() > 1 and name not in ON_MANY_HOSTS:
+            if jax.distributed.is_initialized() and jax.process_count() > 1 and name not in ON_MANY_HOSTS:
                 raise UserError(f"{name} runs in one process; this is one of {jax.process_count()}")
             return _call(name, words[len(name.split()) :])
     except UserError as error:
@@ -367,11 +374,23 @@ def _call(name: str, words: list[str]) -> int:
     options: dict[str, Any] = {"prog": f"trinityx {name}", "description": _about(function), "use_underscores": False}
     if name not in MANY or {"-h", "--help"} & set(words):
         return tyro.cli(function, args=words, **options)
+    switches = {}
+    if name in ON_MANY_HOSTS and DRY_RUN in words:
+        words, switches = [word for word in words if word != DRY_RUN], {"dry_run": True}
     if not words or words[0].startswith("-"):
         what, first = ("run folder", "RUN") if name in ("evaluate", "calibrate") else ("configuration file", "CONFIG")
         raise UserError(f"{name}: name a {what} first (trinityx {name} {first} [--key value ...])")
     parts = (word.split("=", 1) if word.startswith("--") else [word] for word in words[1:])  # --key=value
-    return function(words[0], [part for word in parts for part in word])
+    return function(words[0], [part for word in parts for part in word], **switches)
+
+
+def _dry_run(config: str, overrides: Sequence[str], stage: Literal["experts", "router"]) -> int:
+    from trinityx_jax.dry_run import dry_run
+
+    if jax.distributed.is_initialized():
+        raise UserError(f"{DRY_RUN} is of one process; this is one of {jax.process_count()}")
+    print(dry_run(config, overrides, stage))
+    return OK
 
 
 def _about(function: Callable[..., int]) -> str:

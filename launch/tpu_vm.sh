@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# A TPU slice, from your own machine, by gcloud: installs this checkout on all of its workers and trains.
+#   bash launch/tpu_vm.sh NAME ZONE train-experts configs/llama2-7b-experts.yaml --out /mnt/shared/runs/llama2-7b
+#   bash launch/tpu_vm.sh NAME ZONE --dry-run train-experts CONFIG      # there: one step on virtual devices, nothing kept
+#   bash launch/tpu_vm.sh --dry-run train-experts CONFIG                # the same here, without a TPU
+# out, the rows' files and a local model must be where all workers see them (Filestore, a mounted bucket). libtpu's flags
+# stand in launch/tpu_host.sh.
+#
+# A worker that crashes ends the others, and all start again. Training does not need this connection: one that breaks is
+# made anew, and what runs there is joined. A slice that was preempted is waited for (have a queued resource recreate it);
+# then everything is installed anew, and training goes on from its newest checkpoint. TRINITYX_RETRIES (100): connections.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ "${1:-}" = --dry-run ]; then
+    exec bash launch/tpu_host.sh "$@"
+fi
+if [ $# -lt 4 ]; then
+    echo "usage: bash $0 NAME ZONE [--dry-run] train-experts|train-router CONFIG [--key value ...]" >&2
+    exit 2
+fi
+name=$1 zone=$2
+shift 2
+
+everywhere() { gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "$1"; }
+
+install='mkdir -p trinityx_jax && tar xzf trinityx.tar.gz -C trinityx_jax && cd trinityx_jax &&
+    python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv &&
+    ~/.local/bin/uv pip install --quiet --python .venv/bin/python -e ".[tpu]"'
+# started once, in a session of its own; then followed to its end, whose code is that of the connection
+train="cd trinityx_jax || exit 1
+if ! { [ -f .pid ] && kill -0 \$(cat .pid); } 2>/dev/null; then
+    rm -f .code
+    setsid nohup bash -c 'bash launch/tpu_host.sh \"\$@\"; echo \$? > .code' -- $(printf '%q ' "$@") > .log 2>&1 < /dev/null &
+    echo \$! > .pid
+fi
+tail -n +1 --pid=\$(cat .pid) -f .log
+exit \$(cat .code)"
+
+archive=$(mktemp --suffix=.tar.gz)
+trap 'rm -f "$archive"' EXIT
+git diff --quiet HEAD || echo "tpu_vm: changes that are not committed stay here" >&2
+git archive --format=tar.gz --output="$archive" HEAD
+for ((left = ${TRINITYX_RETRIES:-100}; left >= 0; left--)); do
+    if gcloud compute tpus tpu-vm scp "$archive" "$name:trinityx.tar.gz" --zone "$zone" --worker=all && everywhere "$install"; then
+        code=0
+        everywhere "$train" || code=$?
+        case $code in 0 | 2) exit "$code" ;; esac
+    fi
+    echo "tpu_vm: $name cannot be reached, or was stopped; tries again ($left left)" >&2
+    sleep "${TRINITYX_WAIT:-60}"
+done
+exit 1

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Runs a trinityx command until it is done: what crashes is started again and goes on from its newest checkpoint.
+# The other launch scripts call it on every host:
+#   bash launch/until_done.sh train-experts CONFIG [--key value ...]      or train-router; --dry-run tries it out
+# TRINITYX_RESTARTS (20): crashes until it gives up. TRINITYX_WAIT (10): seconds between.
+# Ends with the command's code: 0 done; 2 bad input; 75 stopped by a signal, saved; others are crashes.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+if [ $# -eq 0 ]; then
+    echo "usage: bash $0 [--dry-run] train-experts|train-router CONFIG [--key value ...]" >&2
+    exit 2
+fi
+trinityx=trinityx
+[ ! -x .venv/bin/trinityx ] || trinityx=.venv/bin/trinityx
+words=("$@")
+if [ "$1" = --dry-run ]; then # may stand first
+    words=("${@:2}" --dry-run)
+fi
+child='' stopped=''
+stop() {
+    stopped=yes
+    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
+}
+trap stop TERM INT
+
+left=${TRINITYX_RESTARTS:-20}
+while :; do
+    "$trinityx" "${words[@]}" &
+    child=$!
+    wait "$child"
+    code=$?
+    while [ -n "$stopped" ] && kill -0 "$child" 2>/dev/null; do # the signal ended the wait, the command still saves
+        wait "$child"
+        code=$?
+    done
+    case $code in 0 | 2) exit "$code" ;; esac
+    # whoever stopped this stops the machine too, and starts it again (Slurm, Kubernetes, the TPU's owner)
+    [ -z "$stopped" ] || exit "$code"
+    case " ${words[*]} " in *" --dry-run "*) exit "$code" ;; esac
+    if [ "$left" -le 0 ]; then
+        echo "until_done: gave up after ${TRINITYX_RESTARTS:-20} restarts" >&2
+        exit "$code"
+    fi
+    left=$((left - 1))
+    echo "until_done: exit code $code; starts again ($left restarts left)" >&2
+    sleep "${TRINITYX_WAIT:-10}" &
+    wait $!
+    [ -z "$stopped" ] || exit "$code"
+done

@@ -1,0 +1,256 @@
+"""Every launch script's dry run through the real entry point; what schedulers read of them; restarts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trinityx_jax.config import load_config
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = ("gpu_node.sh", "slurm.sbatch", "tpu_host.sh", "tpu_vm.sh", "until_done.sh")
+JOBSET = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """With a `trinityx` of this environment; a folder before all others on the path is the test's."""
+    (tmp_path / "bin").mkdir()
+    command(tmp_path / "bin" / "trinityx", f'exec {sys.executable} -m trinityx_jax "$@"')
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    return {**os.environ, **quick, "PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "TRINITYX_WAIT": "0"}
+
+
+def command(path: Path, script: str) -> None:
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+
+
+def run(words: list[str], env: dict[str, str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True, check=False, timeout=240)
+
+
+def container() -> dict:
+    (job,) = JOBSET["spec"]["replicatedJobs"]
+    (found,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    return found
+
+
+@pytest.fixture
+def dry(tiny_config: Path, tmp_path: Path) -> list[str]:
+    """A dry run of stage 1, short; its run folder is never made."""
+    short = [
+        "--experts.names",
+        "[honest]",
+        "--data",
+        "{honest: {source: samples/honest-train.csv, format: truthfulqa, limit: 8}}",
+    ]
+    return ["--dry-run", "train-experts", str(tiny_config), "--out", str(tmp_path / "run"), *short]
+
+
+def succeeded(done: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"dry run of stage 'experts': on 8 virtual devices; one step, loss \d+\.\d+; nothing", done.stdout)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["gpu_node.sh", "slurm.sbatch", "tpu_vm.sh"])
+def test_a_dry_run_is_the_real_entry_point_s(script: str, dry: list[str], environment: dict, tmp_path: Path) -> None:
+    succeeded(run(["bash", f"launch/{script}", *dry], environment), tmp_path)
+
+
+def test_a_dry_run_of_the_job_set_s_command(dry: list[str], environment: dict, tmp_path: Path) -> None:
+    """As Kubernetes runs it, but for the installation, and a temporary folder in the place of the image's."""
+    own = container()
+    script = own["command"][2].replace("/tmp/trinityx", str(tmp_path / "copy"))
+    assert own["command"][:2] == ["bash", "-c"] and own["command"][3:] == ["--"]
+    command(tmp_path / "bin" / "python", "echo installed")
+    shutil.copytree(LAUNCH, tmp_path / "checkout" / "launch")
+    env = {**environment, **{entry["name"]: entry["value"] for entry in own["env"]}}
+    done = run(["bash", "-c", script, "--", *dry], env, tmp_path / "checkout")
+    succeeded(done, tmp_path)
+    assert "installed" in done.stdout
+
+
+@pytest.fixture
+def scripted(environment: dict[str, str], tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """(codes) -> an environment whose `trinityx` ends with these codes, one a call, and notes how it was called."""
+
+    def make(*codes: int) -> dict[str, str]:
+        (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+        note = 'echo "$* hosts=${TRINITYX_HOSTS:-} libtpu=${LIBTPU_INIT_ARGS:-}" >> %s' % (tmp_path / "called")
+        take = f"code=$(head -1 {tmp_path}/codes); sed -i 1d {tmp_path}/codes; exit $code"
+        command(tmp_path / "bin" / "trinityx", f"{note}\n{take}")
+        return environment
+
+    return make
+
+
+def called(folder: Path) -> list[str]:
+    path = folder / "called"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+WORDS = ["train-router", "configs/llama2-7b-router.yaml", "--train.steps", "20"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "calls", "code"),
+    [((0,), 1, 0), ((1, 139, 75, 0), 4, 0), ((134, 2), 2, 2), ((9, 9, 9, 9), 3, 9)],
+    ids=["done", "crashes", "bad input", "too many"],
+)
+def test_what_crashes_is_started_again(
+    codes: tuple[int, ...], calls: int, code: int, scripted: Callable, tmp_path: Path
+) -> None:
+    env = {**scripted(*codes), "TRINITYX_RESTARTS": "3" if code == 0 else "2"}
+    assert run(["bash", "launch/until_done.sh", *WORDS], env).returncode == code
+    assert [line.split(" hosts=")[0] for line in called(tmp_path)] == [" ".join(WORDS)] * calls
+
+
+def test_a_signal_is_passed_on_and_what_it_saved_with_is_the_end(environment: dict[str, str], tmp_path: Path) -> None:
+    """The command takes a moment to save; it is waited for, and not started again."""
+    ready = tmp_path / "ready"
+    command(
+        tmp_path / "bin" / "trinityx", f"trap 'sleep 0.3; exit 75' TERM; touch {ready}; while :; do sleep 0.05; done"
+    )
+    process = subprocess.Popen(["bash", "launch/gpu_node.sh", *WORDS], env=environment, cwd=ROOT)
+    deadline = time.monotonic() + 30
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_words_a_script_says_how_it_is_called(script: str, environment: dict[str, str]) -> None:
+    done = run(["bash", f"launch/{script}"], environment)
+    assert done.returncode == 2
+    assert "launch/" in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "gke_jobset.yaml", "quickstart.sh"])
+def test_scripts_are_short_and_name_files_that_are_there(script: str) -> None:
+    text = (LAUNCH / script).read_text()
+    assert text.count("\n") < 60
+    for name in re.findall(r"(?:launch|configs|docs)/[\w.-]+\.(?:sh|sbatch|yaml|md)", text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"configs/[\w.-]+\.yaml", text):
+        load_config(ROOT / name)
+    if not script.endswith(".yaml"):
+        assert subprocess.run(["bash", "-n", str(LAUNCH / script)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("script", "name"), [("gpu_node.sh", "XLA_FLAGS"), ("tpu_host.sh", "LIBTPU_INIT_ARGS")])
+def test_flags_are_explained_and_give_way_to_the_environment(
+    script: str, name: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """This XLA knows those for GPUs (it ends a process that names one that it does not)."""
+    command(tmp_path / "bin" / "trinityx", f'echo "${name}"')
+    env = {**environment, name: "--xla_dump_to=/nowhere"}
+    flags = run(["bash", f"launch/{script}", *WORDS], env).stdout.split()
+    assert flags[-1] == "--xla_dump_to=/nowhere" and len(flags) > 3
+    lines = (LAUNCH / script).read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if flags[0] in line)
+    assert lines[first - 1].strip().startswith("#")
+    if name == "XLA_FLAGS":
+        start = [sys.executable, "-c", "import jax; jax.devices()"]
+        assert run(start, {**environment, name: " ".join(flags[:-1])}).returncode == 0
+
+
+def sbatch_options() -> dict[str, str]:
+    lines = re.findall(r"^#SBATCH --([\w-]+)(?:=(.+))?$", (LAUNCH / "slurm.sbatch").read_text(), re.MULTILINE)
+    return dict(lines)
+
+
+def test_what_slurm_reads() -> None:
+    """One process a machine that takes its GPUs, a signal before the end, and back into the queue."""
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    options = sbatch_options()
+    assert len(options) == text.count("#SBATCH")
+    assert options["ntasks-per-node"] == "1" and int(options["gpus-per-node"]) > 0 and int(options["nodes"]) > 1
+    name, _, seconds = options["signal"].partition("@")
+    assert name == "TERM" and int(seconds) >= 60
+    assert {"requeue", "time", "open-mode"} <= options.keys() and options["open-mode"] == "append"
+    # sbatch stops reading at the first command
+    assert text.rindex("#SBATCH") < text.index("\nset ")
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"), [(0, 0, False), (2, 0, False), (75, 99, True), (139, 3, True), (139, 20, False)]
+)
+def test_a_slurm_job_queues_up_again(
+    code: int, restarts: int, requeued: bool, scripted: Callable, tmp_path: Path
+) -> None:
+    env = scripted(code) | {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "SLURM_SUBMIT_DIR": str(ROOT)}
+    command(tmp_path / "bin" / "srun", '[ "$1" = --kill-on-bad-exit=1 ] && exec "${@:2}"')
+    command(tmp_path / "bin" / "scontrol", f'echo "$@" > {tmp_path / "scontrol"}')
+    spooled = tmp_path / "slurm_script"  # Slurm runs a copy from elsewhere
+    spooled.write_text((LAUNCH / "slurm.sbatch").read_text())
+    done = run(["bash", str(spooled), *WORDS], env, tmp_path)
+    assert done.returncode == (0 if requeued else code)
+    assert (tmp_path / "scontrol").exists() == requeued
+    if requeued:
+        assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
+    assert len(called(tmp_path)) == 1  # Slurm starts all of them again, not each itself
+    assert called(tmp_path)[0].startswith(f"{' '.join(WORDS)} hosts=auto ")
+
+
+def test_a_tpu_slice_is_installed_started_and_joined_again(scripted: Callable, tmp_path: Path) -> None:
+    """gcloud runs what it is told here. The first connection breaks; a worker crashes once."""
+    env = {**scripted(134, 0), "TRINITYX_RETRIES": "2"}
+    log = tmp_path / "gcloud"
+    ssh, scp = "compute tpus tpu-vm ssh slice --zone here --worker=all --command", "compute tpus tpu-vm scp"
+    command(
+        tmp_path / "bin" / "gcloud",
+        f"""case "$*" in
+        "{ssh} "*) cd "$HOME"; echo ssh >> {log}; [ -f broken ] || {{ touch broken; exit 255; }}; exec bash -c "${{@: -1}}" ;;
+        "{scp} "*" slice:trinityx.tar.gz --zone here --worker=all") echo scp >> {log}; cp "$5" "$HOME/trinityx.tar.gz" ;;
+        *) echo "gcloud $*" >&2; exit 1 ;;
+        esac""",
+    )
+    command(tmp_path / "bin" / "python3", '[ "$*" = "-m pip install --quiet --user uv" ]')
+    (tmp_path / ".local" / "bin").mkdir(parents=True)
+    command(tmp_path / ".local" / "bin" / "uv", f'echo "uv $*" >> {log}')
+    done = run(["bash", "launch/tpu_vm.sh", "slice", "here", *WORDS, "--out", "/a folder"], env)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in log.read_text().splitlines()] == ["scp", "ssh", "scp", "ssh", "uv", "uv", "ssh"]
+    assert "pip install --quiet --python .venv/bin/python -e .[tpu]" in log.read_text()
+    first, second = called(tmp_path)
+    assert first == second and first.startswith(f"{' '.join(WORDS)} --out /a folder hosts=auto libtpu=--xla")
+    assert "cannot be reached" in done.stderr and "exit code 134; starts again" in done.stdout
+
+
+def test_what_kubernetes_and_kueue_read() -> None:
+    """A JobSet of one process for each host of a slice; any failure restarts all, bad input none."""
+    assert (JOBSET["apiVersion"], JOBSET["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert JOBSET["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+    spec, own = JOBSET["spec"], container()
+    assert spec["suspend"] is True  # Kueue starts it
+    assert spec["failurePolicy"]["maxRestarts"] > 10
+    (rule,) = spec["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    (job,) = spec["replicatedJobs"]
+    work = job["template"]["spec"]
+    assert work["backoffLimit"] == 0 and work["completions"] == work["parallelism"]
+    (exit_codes,) = work["podFailurePolicy"]["rules"]
+    assert exit_codes["onExitCodes"] == {"containerName": own["name"], "operator": "In", "values": [2]}
+    pod = work["template"]["spec"]
+    chips = [int(n) for n in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")]
+    assert chips[0] * chips[1] == work["completions"] * own["resources"]["limits"]["google.com/tpu"]
+    assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] >= 60
+    mounts = {mount["name"]: mount["mountPath"] for mount in own["volumeMounts"]}
+    assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
+    assert own["workingDir"].startswith(mounts["workspace"]) and own["args"][-1].startswith(mounts["workspace"])
+    assert {"name": "TRINITYX_RESTARTS", "value": "0"} in own["env"]  # a host's restart is the set's

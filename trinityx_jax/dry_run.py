@@ -1,0 +1,96 @@
+"""A dry run: the real entry point through its first compiled step, on virtual devices; nothing stays."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.config import SCRATCH, RunConfig, load_config
+from trinityx_jax.convert.load import load_backbone
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts import TaskVector, init_expert
+from trinityx_jax.run_folder import RunFolder
+from trinityx_jax.runs import save_expert
+from trinityx_jax.sections import MeshConfig
+from trinityx_jax.training import expert_stage, router_stage
+
+DEVICES = 8
+Stage = Literal["experts", "router"]
+
+
+def dry_run(path: str, overrides: Sequence[str], stage: Stage) -> str:
+    """Read the configuration, the weights and the rows, lay out the mesh, compile and run one step of it.
+
+    In one process, on virtual CPU devices, as many as the configuration's mesh takes. What the stage writes goes to a
+    temporary folder; of the run's own, stage 2 reads the experts and nothing else is touched.
+
+    Returns:
+        what was done, in a line.
+
+    Raises:
+        UserError: as the stage itself; or JAX has begun to use other devices.
+    """
+    config = load_config(path, overrides, stage)
+    count = virtual_devices(config.mesh)
+    backbone = load_backbone(config.model, config.dtype, mesh=config.mesh)
+    notes = [f"on {count} virtual devices"]
+    with tempfile.TemporaryDirectory(prefix="trinityx-dry-run-") as folder:
+        run, begun = RunFolder(f"{folder}/run"), _one_step(config, f"{folder}/run")
+        if stage == "experts":
+            expert_stage.train_experts(begun, backbone)
+        else:
+            source = config.experts.source or config.out
+            if isinstance(source, str) and source != SCRATCH and not Path(source).exists():
+                notes.append(f"random experts stood in for those of {source}, which is not there yet")
+                source = _stand_ins(config, backbone, Path(folder) / "experts")
+            experts = begun.experts.model_copy(update={"source": source})
+            begun = begun.model_copy(update={"experts": experts})
+            router_stage.train_router(begun, backbone, router_stage.stage_experts(begun, backbone))
+        losses = [line["loss"] for line in run.metrics() if "loss" in line]
+    notes.append(f"one step, loss {losses[0]:.3f}" if losses else "nothing to train")
+    return f"dry run of stage {stage!r}: {'; '.join(notes)}; nothing was kept"
+
+
+def virtual_devices(mesh: MeshConfig) -> int:
+    """Have JAX use virtual CPU devices: as many as the mesh says, eight or a little more where it leaves that open.
+
+    Raises:
+        UserError: devices of another kind or number are in use in this process.
+    """
+    fixed = math.prod(n for n in (mesh.data, mesh.fsdp, mesh.tensor, mesh.expert) if isinstance(n, int))
+    count = fixed if isinstance(mesh.data, int) and isinstance(mesh.fsdp, int) else fixed * -(-DEVICES // fixed)
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # there are devices already
+        pass
+    if jax.default_backend() != "cpu" or jax.device_count() != count:
+        raise UserError(f"--dry-run: wants {count} virtual devices, but JAX has begun with {jax.device_count()}")
+    return count
+
+
+def _one_step(config: RunConfig, folder: str) -> RunConfig:
+    """The configuration with one step, nothing measured after it."""
+    gamma = config.mocae_config().gamma_dynamic
+    train = config.train.model_copy(
+        update={"steps": 1, "evaluate_every": 1 if gamma else None, "patience": None, "experts": None, "anew": False}
+    )
+    mocae = {**config.mocae, "calibration": "none"}
+    return config.model_copy(update={"out": folder, "train": train, "mocae": mocae})
+
+
+def _stand_ins(config: RunConfig, backbone: Backbone, folder: Path) -> str:
+    """Random experts, none of which is nothing, in a folder."""
+    e = config.experts
+    for name in e.names:
+        vector = init_expert(backbone.config, e.rank, e.alpha, e.sites, config.seed, name)
+        sites = {site: {**x, "b": jnp.full_like(x["b"], 1e-4)} for site, x in vector.sites.items()}
+        save_expert(TaskVector(sites, {"base": backbone.fingerprint}), folder / name)
+    return str(folder)
