@@ -215,8 +215,12 @@ def test_a_tpu_slice_is_installed_started_and_joined_again(scripted: Callable, t
     command(
         tmp_path / "bin" / "gcloud",
         f"""case "$*" in
-        "{ssh} "*) cd "$HOME"; echo ssh >> {log}; [ -f broken ] || {{ touch broken; exit 255; }}; exec bash -c "${{@: -1}}" ;;
-        "{scp} "*" slice:trinityx.tar.gz --zone here --worker=all") echo scp >> {log}; cp "$5" "$HOME/trinityx.tar.gz" ;;
+        "{ssh} "*)
+            cd "$HOME"; echo ssh >> {log}
+            [ -f broken ] || {{ touch broken; exit 255; }}
+            exec bash -c "${{@: -1}}" ;;
+        "{scp} "*" slice:trinityx.tar.gz --zone here --worker=all")
+            echo scp >> {log}; cp "$5" "$HOME/trinityx.tar.gz" ;;
         *) echo "gcloud $*" >&2; exit 1 ;;
         esac""",
     )
