@@ -40,7 +40,7 @@ def ours(job: dict[str, Any], alone: bool = False) -> tuple[dict[str, Any], Work
     states, experts, batches = [], [], []
     for index, group in enumerate(groups):
         vectors = stack([init_expert(config, job["rank"], job["alpha"], ("gate", "up", "down"), 0, n) for n in group])
-        states.append(expert_state(jax.tree.map(jnp.copy, trained_experts(vectors)), optimizer, keep_best=False))
+        states.append(expert_state(jax.tree.map(jnp.copy, trained_experts(vectors)), optimizer, guard=True))
         experts.append(vectors)
         size = per * len(group)
         own = []

@@ -33,6 +33,11 @@ while :; do
         wait "$child"
         code=$?
     done
+    if [ -n "$stopped" ]; then # the command may have ended between
+        wait "$child"
+        last=$?
+        [ "$last" -eq 127 ] || code=$last
+    fi
     case $code in 0 | 2) exit "$code" ;; esac
     # whoever stopped this stops the machine too, and starts it again (Slurm, Kubernetes, the TPU's owner)
     [ -z "$stopped" ] || exit "$code"

@@ -105,6 +105,7 @@ class Ahead:
         totals = jax.ShapeDtypeStruct((len(names),), jnp.int32)
         kinds = {
             "experts": _placed(state.params, program.shardings.params),
+            "guard": _placed(state.guard, program.shardings.guard),
             "optimizer": _placed(state.opt_state, program.shardings.opt_state),
             "batch": batch,
         }
@@ -126,6 +127,7 @@ class Ahead:
         kinds = {
             "experts": _placed(served, state_shardings(served, self.mesh)),
             "router": (self._everywhere(router), _placed(state.params, program.shardings.params)),
+            "guard": _placed(state.guard, program.shardings.guard),
             "optimizer": _placed(state.opt_state, program.shardings.opt_state),
             "batch": batch,
         }

@@ -48,7 +48,7 @@ def quickstart(out: str = "runs/quickstart", model: str | None = None, steps: in
         steps: training steps of each stage; by default what fits ten minutes on two cores.
     """
     from trinityx_jax.evaluation.report import closing_table
-    from trinityx_jax.quickstart import peak_memory
+    from trinityx_jax.parallel.chips import GIB, process_memory
     from trinityx_jax.quickstart import quickstart as run_quickstart
 
     started = time.monotonic()
@@ -62,7 +62,7 @@ def quickstart(out: str = "runs/quickstart", model: str | None = None, steps: in
         ("for transformers", Path(out) / "exports" / "mocae"),
     ):
         print(f"{label:>16}: {path}")
-    print(f"{'took':>16}: {time.monotonic() - started:.0f} s, peak memory {peak_memory():.1f} GiB")
+    print(f"{'took':>16}: {time.monotonic() - started:.0f} s, peak memory {process_memory() / GIB:.1f} GiB")
     failed = [c["claim"] for c in results["claims"] if not c["held"]]
     for claim in failed:
         print(f"claim not met: {claim}", file=sys.stderr)
@@ -349,20 +349,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _interruptible() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt, so that cleanups run.
 
-    Python drops what is raised in a finalizer or a callback of the garbage collector, of which JAX has one: there the
-    signal is sent again a moment later.
+    Python drops what is raised in a finalizer or a callback of the garbage collector, of which JAX has one, and in the
+    hook that it tells of that: there the signal is sent again a moment later.
     """
+    telling = False
 
-    def dropped(found: Any) -> None:
-        if not issubclass(found.exc_type, KeyboardInterrupt):
-            before(found)
-            return
+    def again() -> None:
         main = threading.main_thread().ident
         threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGTERM)).start()
 
+    def dropped(found: Any) -> None:
+        nonlocal telling
+        telling = True
+        if issubclass(found.exc_type, KeyboardInterrupt):
+            again()
+        else:
+            before(found)
+        telling = False
+
+    def stop(number: int, frame: Any) -> None:
+        if telling:
+            again()
+        else:
+            raise KeyboardInterrupt
+
     before, sys.unraisablehook = sys.unraisablehook, dropped
     with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from trinityx_jax.sections import (
     DataConfig,
     EvaluateConfig,
     ExpertsConfig,
+    LoggingConfig,
     MeshConfig,
     RouterConfig,
     Section,
@@ -50,6 +51,8 @@ class RunConfig(Section):
     system: SystemConfig = SystemConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    profile: str | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @pydantic.model_validator(mode="after")
@@ -99,6 +102,19 @@ class RunConfig(Section):
             raise ValueError(f"train.evaluate_every: data.{without[0]}.validation is needed, a share to measure on")
         return self
 
+    @pydantic.field_validator("profile")
+    @classmethod
+    def _steps(cls, text: str | None) -> str | None:
+        found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text or "1:1")
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise ValueError("expected the first step and the last, such as 10:15")
+        return text
+
+    def profiled(self) -> tuple[int, int]:
+        """The first and the last step that a trace is made of; (0, 0) where none is."""
+        first, _, last = (self.profile or "0:0").partition(":")
+        return int(first), int(last)
+
     def parts(self, name: str) -> dict[str, DataConfig]:
         """The entries of ``data`` that an objective's rows come from: its own, or those that it mixes."""
         return {part: self.data[part] for part in self.data[name].mix or (name,)}
@@ -119,6 +135,7 @@ SECTIONS: dict[str, type[Section]] = {
     "system": SystemConfig,
     "mesh": MeshConfig,
     "checkpoint": CheckpointConfig,
+    "logging": LoggingConfig,
     "evaluate": EvaluateConfig,
 }
 
@@ -165,6 +182,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# of YAML 1.1's whole numbers all but those in base 60: 10:15 is a text
+_INT = re.compile(r"[-+]?(0b[01_]+|0[0-7_]*|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
+_WHOLE = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != _WHOLE] for first, pairs in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_WHOLE, _INT, list("-+0123456789"))
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 

@@ -14,7 +14,7 @@ class Progress:
     """Counts steps of one task; ``advance`` takes a short note such as the current loss."""
 
     def __init__(self, label: str, total: int, done: int = 0):
-        self.label, self.total, self.done = label, total, done
+        self.label, self.total, self.done, self._begun = label, total, done, done
         self._started = self._printed = time.monotonic()
 
     def advance(self, note: str = "", steps: int = 1) -> None:
@@ -23,7 +23,11 @@ class Progress:
         now = time.monotonic()
         if now - self._printed >= LINE_EVERY or self.done == self.total:
             self._printed = now
-            print(f"{self.label}: {self.done}/{self.total} {note} ({now - self._started:.0f} s)", flush=True)
+            spent, done = now - self._started, self.done - self._begun
+            left = (
+                f", {spent / done * (self.total - self.done):.0f} s left" if done > 0 and self.done < self.total else ""
+            )
+            print(f"{self.label}: {self.done}/{self.total} {note} ({spent:.0f} s{left})", flush=True)
 
 
 class _Bar(Progress):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,12 +152,3 @@ def quickstart(out: str, model: str | None, steps: int | None) -> tuple[dict[str
     q.stage("answers", q.answer)
     q.stage("exports", q.export)
     return q.report()
-
-
-def peak_memory() -> float:
-    """Peak resident memory of this process, in GiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: ru_maxrss begins at that of the process which started this one
-        found = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(found.split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

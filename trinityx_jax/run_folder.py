@@ -61,8 +61,10 @@ class RunFolder:
     def open(self, backbone: Backbone, model: str) -> None:
         """Start the run on a base model loaded from ``model``, or go on with it.
 
+        Another dtype is noted, and said.
+
         Raises:
-            UserError: the folder holds a run on another base model, or in another dtype.
+            UserError: the folder holds a run on another base model.
         """
         dtype = str(jax.tree.leaves(backbone.params)[0].dtype)
         if self.info_path.exists():
@@ -72,7 +74,8 @@ class RunFolder:
                     f"{self.path}: holds a run on another base model ({found[:12]}, this one is {fingerprint[:12]})"
                 )
             if base["dtype"] != dtype:
-                raise UserError(f"{self.path}: holds a run in {base['dtype']}; in {dtype} it needs another --out")
+                log.warning("%s: was begun in %s, and goes on in %s", self.path, base["dtype"], dtype)
+                write_json(self.info_path, {**self.info(), "base": {**base, "dtype": dtype}})
             return
         versions = {name: _version(name) for name in _PACKAGES}
         base = {

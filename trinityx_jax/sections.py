@@ -158,7 +158,9 @@ class TrainConfig(Section):
     with ``patience``, an expert stops after so many measurements without a new lowest, and keeps its best.
     ``experts`` names those to train anew, ``anew`` does so with the router. ``experts_learning_rate`` is that of
     experts that stage 2 trains, ``learning_rate`` by default. ``max_skipped``: steps in a row with a loss or
-    gradient that is not finite, each of which changes nothing, until the run stops.
+    gradient that is not finite, each of which changes nothing. Where there are so many, or losses in a row more than
+    ``spike`` standard deviations above the usual one, an expert (or the router) goes back to its leaves of the newest
+    calm multiple of ``checkpoint.every`` steps, ``rollbacks`` times at most, then the run stops.
     """
 
     steps: int | None = Field(default=None, ge=1, le=MOST)
@@ -174,6 +176,8 @@ class TrainConfig(Section):
     evaluate_every: int | None = Field(default=None, ge=1)
     patience: int | None = Field(default=None, ge=1)
     max_skipped: int = Field(default=10, ge=1)
+    spike: float = Field(default=6.0, ge=1)
+    rollbacks: int = Field(default=3, ge=0, le=1000)
     mode: Literal["joint", "single"] = "joint"
     experts: list[str] | None = None
     experts_learning_rate: float | None = Field(default=None, gt=0)
@@ -218,8 +222,17 @@ class RouterConfig(Section):
     source: str | None = Field(default=None, alias="from")
 
 
+class LoggingConfig(Section):
+    """Where metrics also go (``metrics.jsonl`` is always written): ``tensorboard``, to files in the run's folder;
+    ``wandb`` and ``trackio``, to a project of that name."""
+
+    tensorboard: bool = False
+    wandb: str | None = None
+    trackio: str | None = None
+
+
 class CheckpointConfig(Section):
-    """A checkpoint every so many steps; the newest ``keep`` stay."""
+    """A checkpoint every so many steps. The newest ``keep`` stay, and that of the lowest validation loss."""
 
     every: int = Field(default=50, ge=1)
     keep: int = Field(default=2, ge=1)

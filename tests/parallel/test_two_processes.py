@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from trinityx_jax import cli
+from trinityx_jax.training.recorder import MEASURED
 
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 MESH = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
@@ -50,7 +51,7 @@ def run(words: list[str], processes: int) -> None:
 
 def measured(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def near(one: Path, other: Path) -> None:

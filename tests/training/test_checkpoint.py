@@ -20,6 +20,7 @@ from trinityx_jax.sections import CheckpointConfig, TrainConfig
 from trinityx_jax.training.checkpoint import SEAL, Checkpoints, damage
 from trinityx_jax.training.expert_stage import train_experts
 from trinityx_jax.training.optimizer import make_optimizer
+from trinityx_jax.training.recorder import MEASURED
 from trinityx_jax.training.state import TrainState, expert_state
 
 
@@ -150,7 +151,7 @@ def test_training_goes_on_from_the_one_before(backbone: Any, configure: Any, int
     train_experts(whole, backbone)
     (one,), (other,) = (load_experts(c.out).values() for c in (config, whole))
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
-    steps = [[{k: v for k, v in line.items() if k != "tokens_per_second"} for line in RunFolder(c.out).metrics()]
+    steps = [[{k: v for k, v in line.items() if k not in MEASURED} for line in RunFolder(c.out).metrics()]
              for c in (config, whole)]  # fmt: skip
     assert steps[0] == steps[1]
     assert json.dumps(steps[0]).count('"step"') == 6

@@ -15,7 +15,6 @@ from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import init_expert
-from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.training import expert_stage
 from trinityx_jax.training.expert_stage import train_experts
 
@@ -98,7 +97,7 @@ def test_steps_that_are_not_finite_change_nothing_and_many_stop_with_their_rows(
         row.ids[0] = poisoned
     group = expert_stage._Group(config, broken, rows, list(NAMES))
     with pytest.raises(UserError, match=r"2 steps in a row .* step 2 with the rows samples/honest-train.csv:\d+"):
-        group.train(RunFolder(tmp_path / "run"), tmp_path / "checkpoints")
+        group.train(tmp_path / "checkpoints")
     state = group.start()
     begun = jax.tree.map(np.asarray, state.params)
     for batch in group.serve(0, 2, NAMES):

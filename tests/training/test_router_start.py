@@ -161,8 +161,8 @@ def test_what_comes_of_trained_experts_is_of_this_base(
         assert vector.origin == {"base": run.backbone.fingerprint, "note": name}
 
 
-def test_a_stage_that_learns_nothing_or_goes_on_in_another_dtype_is_refused(
-    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path
+def test_a_stage_that_learns_nothing_is_refused_and_one_that_goes_on_in_another_dtype_says_so(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = configure(tiny_config, tmp_path / "run", "--experts.from", str(tiny_run), "--train.learning_rate", "1e300")
     with pytest.raises(UserError, match="router: no step had a finite loss"):
@@ -174,8 +174,9 @@ def test_a_stage_that_learns_nothing_or_goes_on_in_another_dtype_is_refused(
     with pytest.raises(UserError, match="evaluate_every: 9 is more than the 3 steps"):
         train_router(config, run.backbone, run.vectors)
     half = load_backbone(str(tiny_run.parent / "model"), "bfloat16")
-    with pytest.raises(UserError, match="holds a run in float32; in bfloat16 it needs another --out"):
-        RunFolder(tmp_path / "run").open(half, "model")
+    RunFolder(tmp_path / "run").open(half, "model")
+    assert "was begun in float32, and goes on in bfloat16" in caplog.text
+    assert RunFolder(tmp_path / "run").info()["base"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.slow

@@ -285,7 +285,7 @@ def test_an_expert_with_a_huge_or_broken_gradient_leaves_the_others_alone() -> N
 
     @jax.jit
     def one(state: Any, grads: Any, losses: Any) -> Any:
-        return update_experts(TRAIN, optimizer, state, grads, losses, jnp.full((3,), 10), (0, 1, 2))
+        return update_experts(TRAIN, optimizer, state, grads, losses, jnp.full((3,), 10), (0, 1, 2))[0]
 
     once = one(expert_state(trained, optimizer, keep_best=False), usual, jnp.ones(3))
 
@@ -494,5 +494,5 @@ def named(leaf: tuple[Any, Any]) -> tuple[str, Any]:
 
 
 def test_a_batch_is_what_a_step_takes() -> None:
-    assert {*BATCH, "token_count"} == {f.name for f in dataclasses.fields(Batch)}
+    assert {*BATCH, "token_count", "supervised", "pairs"} == {f.name for f in dataclasses.fields(Batch)}
     assert BATCH["objective"].tolist() == OBJECTIVE

@@ -164,7 +164,8 @@ class Decoder(nn.Module):
         table = _Embedding((c.vocab_size, c.hidden_size), name="embed")()
         if not c.tie_embeddings:
             Linear((c.hidden_size, c.vocab_size), ("embed", "vocab"), name="lm_head")()
-        h = unpacked(jnp.take(bits(table), tokens, axis=0)).astype(self.dtype)
+        with jax.named_scope("embedding"):
+            h = unpacked(jnp.take(bits(table), tokens, axis=0)).astype(self.dtype)
         if c.scale_embedding:  # the factor is rounded to the dtype, as the model was trained
             h = h * jnp.asarray(c.hidden_size**0.5, self.dtype)
         h = constrain(h, *_residual(c, h))

@@ -64,6 +64,8 @@ class Batch:
     valid: np.ndarray  # [P,N] bool
     objective: np.ndarray  # [B] int32 of all shards; [R] of joined rows
     token_count: int  # real ones of all shards, padding apart
+    supervised: int  # of those, how many predict an answer's token
+    pairs: int  # of those and what they look at: themselves and the tokens before, in their row
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The fields that are arrays as a dict, which is what a compiled step takes."""
@@ -136,8 +138,10 @@ def filled(
     parts = [_filled(slots[i * per : (i + 1) * per], pad_id, size) for i in own]
     tokens, segments = (np.concatenate([part[k] for part in parts]) for k in (0, 1))
     where, labels, valid = (np.stack([part[k] for part in parts]) for k in (2, 3, 4))
-    count = sum(len(row.ids) for slot in slots for _, row in slot)
-    return Batch(tokens, segments, where, labels, valid, np.asarray(objective, np.int32), count)
+    lengths = [len(row.ids) for slot in slots for _, row in slot]
+    answers = sum(len(row.ids) - row.prompt_length for slot in slots for _, row in slot)
+    pairs = sum(n * (n + 1) // 2 for n in lengths)
+    return Batch(tokens, segments, where, labels, valid, np.asarray(objective, np.int32), sum(lengths), answers, pairs)
 
 
 def _filled(slots: Sequence[Sequence[tuple[int, Encoded]]], pad_id: int, size: int) -> tuple[np.ndarray, ...]:
@@ -317,7 +321,8 @@ def grouped(served: Mapping[int, Sequence[Slot]], split: Split) -> tuple[list[in
 def _stacked(parts: Sequence[Batch]) -> Batch:
     """Batches of one shape with a new axis first."""
     stacked = {name: np.stack([part.arrays()[name] for part in parts]) for name in parts[0].arrays()}
-    return Batch(**stacked, token_count=sum(part.token_count for part in parts))
+    counts = {name: sum(getattr(part, name) for part in parts) for name in ("token_count", "supervised", "pairs")}
+    return Batch(**stacked, **counts)  # type: ignore[arg-type]
 
 
 def evaluation_batches(

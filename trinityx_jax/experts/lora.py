@@ -168,6 +168,7 @@ def side_by_side(a: jax.Array) -> jax.Array:
     return a if a.ndim == 2 else jnp.swapaxes(a, 0, 1).reshape(a.shape[1], -1)
 
 
+@jax.named_scope("experts")
 def delta_weighted(site: Site, x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     """Sum over experts of weight [...,E] times delta, mixed in the low-rank space: -> [...,out].
 
@@ -193,6 +194,7 @@ def by_group(x: jax.Array, groups: int = 1) -> jax.Array:
     return jnp.swapaxes(split, 0, 1).reshape(-1, *x.shape[2:])
 
 
+@jax.named_scope("experts")
 def delta_grouped(
     site: Site,
     x: jax.Array,

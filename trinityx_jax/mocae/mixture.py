@@ -28,6 +28,7 @@ Mlp = Mapping[str, Any]
 VALUES = 2**18  # of one branch, which stay in a CPU's cache
 
 
+@jax.named_scope("mixture")
 def mixture(
     mlp: Mlp, experts: lora.Experts, u: jax.Array, alpha: jax.Array, activation: str, anchored: bool = False
 ) -> jax.Array:
@@ -178,9 +179,10 @@ def routed_feed_forward(config: BackboneConfig, mocae: MoCaEConfig, deterministi
 
     def apply(mlp: Mlp, h: jax.Array, u: jax.Array, layer: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         r = layer["router"]
-        z = routing.logits(r, u)
-        pi = routing.probabilities(z, r["temperature"], mocae.top_k)
-        alpha = routing.mixture_weights(pi, r["gamma"], mocae.weight)
+        with jax.named_scope("router"):
+            z = routing.logits(r, u)
+            pi = routing.probabilities(z, r["temperature"], mocae.top_k)
+            alpha = routing.mixture_weights(pi, r["gamma"], mocae.weight)
         if mocae.mixing == "weights":
             y = weight_mixture(mlp, layer["experts"], u, alpha, config.activation)
         elif mocae.mixing == "full":

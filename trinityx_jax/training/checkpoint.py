@@ -1,4 +1,4 @@
-"""Training state through Orbax: never the base, newest kept, written whole or not at all, checked before it is read."""
+"""Training state through Orbax: never the base; the newest and the best stay, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from trinityx_jax.data.readers import first_line
 from trinityx_jax.errors import UserError
@@ -23,6 +26,7 @@ from trinityx_jax.training.state import TrainState
 log = logging.getLogger(__name__)
 SEAL = "trinityx-files.json"  # of a checkpoint: a digest of each of its files
 LATER = {SEAL, "_CHECKPOINT_METADATA", "commit_success.txt"}  # that orbax writes as it moves a checkpoint into place
+BEST = "validation"  # what the best checkpoint has the lowest of
 DAMAGED = "damaged-"  # checkpoints that are not whole are kept beside the others under this name
 
 
@@ -39,8 +43,16 @@ class Checkpoints:
     def __init__(self, folder: Path, settings: CheckpointConfig):
         self.folder = folder
         self.every = settings.every
+        self._best = math.inf  # validation loss of a checkpoint that is there
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=settings.keep,
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(settings.keep),
+                    policies.BestN(get_metric_fn=_lowest, reverse=True, n=1, keep_checkpoints_without_metrics=False),
+                ]
+            ),
+            best_fn=_lowest,
+            best_mode="min",
             create=True,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -57,7 +69,9 @@ class Checkpoints:
         """
         on_first(self._set_damaged_aside)
         self._manager.reload()
-        step = self._manager.latest_step()
+        step, best = self._manager.latest_step(), self._manager.best_step()
+        if best is not None:
+            self._best = _lowest(self._manager.metrics(best) or {})
         return state if step is None else self._read(step, state)
 
     def _read(self, step: int, state: TrainState) -> TrainState:
@@ -83,6 +97,11 @@ class Checkpoints:
             with self._writing():
                 os.replace(self.folder / str(step), target)
 
+    def is_best(self, state: TrainState) -> bool:
+        """Whether its validation losses are lower, on average, than those of every checkpoint that is there."""
+        found = _measured(state)
+        return found is not None and found < self._best
+
     def save(self, state: TrainState, wait: bool = False) -> None:
         """Write the state under its step, in the background unless ``wait``.
 
@@ -91,7 +110,11 @@ class Checkpoints:
         """
         with self._writing():
             if self._manager.latest_step() != int(state.step):
-                self._manager.save(int(state.step), args=ocp.args.StandardSave(state), force=True)
+                found = _measured(state)
+                metrics = None
+                if found is not None:
+                    metrics, self._best = {BEST: found}, min(found, self._best)
+                self._manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=metrics, force=True)
             if wait:
                 self._manager.wait_until_finished()
 
@@ -116,6 +139,17 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             reason = "No space left on device" if disk_full(error) else first_line(error)
             raise UserError(f"{self.folder}: a checkpoint cannot be written ({reason})") from error
+
+
+def _measured(state: TrainState) -> float | None:
+    """The mean of the experts' newest validation losses, where all have one."""
+    if state.measured is None or not np.isfinite(state.measured).all():
+        return None
+    return float(np.mean(state.measured))
+
+
+def _lowest(metrics: Mapping[str, float]) -> float:
+    return metrics.get(BEST, math.inf)
 
 
 def damage(folder: Path) -> str | None:

@@ -25,7 +25,8 @@ from trinityx_jax.parallel.multihost import on_first
 from trinityx_jax.parallel.sharding import mesh_of, on_this_host, put, replicated
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import forget_router, save_experts
-from trinityx_jax.training.checkpoint import Checkpoints
+from trinityx_jax.training.flops import expert_flops
+from trinityx_jax.training.loggers import check_loggers
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.programs import ExpertProgram
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
@@ -43,7 +44,7 @@ def expert_settings(config: RunConfig, name: str) -> dict[str, Any]:
     experts = {key: values["experts"][key] for key in ("rank", "alpha", "dropout", "sites")}
     other = {*SAME_RESULT, *STAGE_2, "mode", "experts"}
     train = {key: value for key, value in values["train"].items() if key not in other}
-    shared = {key: values[key] for key in ("model", "seed", "dtype")}
+    shared = {key: values[key] for key in ("model", "seed")}
     return {**shared, "experts": experts, "train": train, **data_settings(config, config.parts(name))}
 
 
@@ -84,6 +85,7 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
         Stopped: a signal asked for it; state was saved.
     """
     names = pending(config)
+    check_loggers(config.logging)
     if not names:
         return {}
     run = RunFolder(config.out)
@@ -94,7 +96,7 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
     trained: dict[str, TaskVector] = {}
     for group in groups:
         folder = _checkpoints(run, {name: settings[name] for name in group})
-        found = _Group(config, backbone, rows, group).train(run, folder)
+        found = _Group(config, backbone, rows, group).train(folder)
         trained |= found
         on_first(_keep, config, run, found, {name: len(rows.train[name]) for name in group}, folder)
     return trained
@@ -105,7 +107,7 @@ def _open(config: RunConfig, backbone: Backbone, run: RunFolder, settings: Mappi
     run.open(backbone, config.model)
     for name, own in settings.items():
         _begin(run, name, own)
-    whole = config.model_copy(update={"train": config.train.model_copy(update={"experts": None})})
+    whole = config.model_copy(update={"train": config.train.model_copy(update={"experts": None}), "profile": None})
     save_config(whole, run.path / "config-experts.yaml", "experts")
 
 
@@ -178,15 +180,12 @@ class _Group:
         self._after = jax.jit(after_validation, donate_argnums=0, out_shardings=self.program.shardings)
         self._totals = put(np.asarray(list(self.totals.values()), np.int32), replicated(self.mesh))
 
-    def train(self, run: RunFolder, folder: Path) -> dict[str, TaskVector]:
+    def train(self, folder: Path) -> dict[str, TaskVector]:
         """The group's experts, from the newest checkpoint in ``folder`` on."""
-        checkpoints = Checkpoints(folder, self.config.checkpoint)
         state = run_steps(
-            self.start(), self, max(self.totals.values()), stage=self.label, metrics_path=run.metrics_path,
-            checkpoints=checkpoints, max_skipped=self.config.train.max_skipped, mesh=self.mesh,
-            split=self.program.split,
+            self.start(), self, max(self.totals.values()), self.config, stage=self.label, folder=folder,
+            mesh=self.mesh, split=self.program.split,
         )  # fmt: skip
-        checkpoints.close()
         for name, skipped in zip(self.names, state.skipped.tolist(), strict=True):
             if skipped >= min(self.totals[name], int(state.step)):
                 raise UserError(f"expert {name}: no step had a finite loss, gradient and result; nothing was learned")
@@ -231,11 +230,16 @@ class _Group:
         active = tuple(self.names.index(name) for name in names)
         return self.program.update(state, self.base, self.experts, self.keys, self._totals, batch, active=active)
 
+    def flops(self, batch: Batch, names: tuple[str, ...]) -> float:
+        e, context = self.config.experts, batch.pairs / max(batch.token_count, 1)
+        return expert_flops(self.backbone.config, batch.token_count, context, batch.supervised, e.rank, e.sites)
+
     def describe(self, metrics: Any, names: tuple[str, ...]) -> dict[str, float]:
         out = {"loss": float(metrics["loss"].mean())}
         for index, name in enumerate(names):
             out[f"loss/{name}"] = float(metrics["loss"][index])
-            out[f"grad_norm/{name}"] = float(metrics["grad_norm"][index])
+            for key in ("grad_norm", "learning_rate"):
+                out[f"{key}/{name}"] = float(metrics[key][index])
             if metrics["skipped"][index]:
                 out[f"skipped/{name}"] = int(metrics["skipped"][index])
         return out
@@ -249,8 +253,7 @@ class _Group:
         if not due.any():
             return state, {}
         losses = self._held_out(state.params, due)
-        if state.best is not None:
-            state = self._after(state, losses.astype(np.float32), due)
+        state = self._after(state, losses.astype(np.float32), due)
         return state, {f"validation/{n}": float(losses[i]) for i, n in enumerate(self.names) if due[i]}
 
     def _held_out(self, params: Any, due: np.ndarray) -> np.ndarray:

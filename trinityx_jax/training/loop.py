@@ -1,83 +1,31 @@
-"""Drives steps: resume, log, checkpoint, stop on a signal."""
+"""Drives steps: resume, record, checkpoint, profile, stop on a signal."""
 
 from __future__ import annotations
 
-import json
-import math
+import contextlib
 import signal
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, TextIO
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
+from trinityx_jax.config import RunConfig
 from trinityx_jax.data.batching import Batch, Split
-from trinityx_jax.errors import UserError
-from trinityx_jax.files import write_text
 from trinityx_jax.parallel.multihost import is_first, stop_is_agreed
 from trinityx_jax.parallel.sharding import on_mesh, put_batch
-from trinityx_jax.progress import Progress, progress
+from trinityx_jax.progress import progress
 from trinityx_jax.training.checkpoint import Checkpoints
+from trinityx_jax.training.recorder import Recorder
 from trinityx_jax.training.state import TrainState
+from trinityx_jax.training.work import Work
 
 
 class Stopped(Exception):
     """A signal arrived; the state is saved. The command line exits with 75."""
 
 
-class MetricsLog:
-    """``metrics.jsonl``: one flushed line a step, by the first host; on resume, lines past the restored step go."""
-
-    def __init__(self, path: Path, stage: str, restored: int, names: Iterable[str]):
-        self.stage, self.names = stage, set(names)
-        self._last = time.monotonic()
-        self._file: TextIO | None = None
-        if not is_first():
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            lines = path.read_bytes().decode("utf-8", "replace").splitlines()
-            kept = [line for line in lines if self._keep(line, restored)]
-            write_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
-
-    def _keep(self, line: str, restored: int) -> bool:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # the line being written when the process died
-            return False
-        if not isinstance(entry, dict):
-            return False
-        others = {key.removeprefix("loss/") for key in entry if key.startswith("loss/")} - self.names
-        return entry.get("stage") != self.stage or entry.get("step", 0) <= restored or bool(others)
-
-    def write(self, step: int, values: Mapping[str, Any], tokens: int) -> None:
-        """Append one line; tokens per second are over the time since the line before."""
-        now = time.monotonic()
-        speed = round(tokens / (now - self._last), 1)
-        self._last = now
-        entry = {"stage": self.stage, "step": step, **values, "tokens": tokens, "tokens_per_second": speed}
-        if self._file is not None:
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """What is done meanwhile does not count as a step's time."""
-        began = time.monotonic()
-        yield
-        self._last += time.monotonic() - began
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-@contextmanager
+@contextlib.contextmanager
 def stop_on_signals() -> Iterator[list[int]]:
     """A list that a SIGTERM or SIGINT appends to, instead of killing the process mid-step."""
     received: list[int] = []
@@ -96,72 +44,39 @@ def stop_on_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class Work(Protocol):
-    """What a stage does in a step."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The objectives it has, served or not."""
-
-    def active(self, state: TrainState) -> tuple[str, ...]:
-        """The objectives that are served from this state on; none ends the stage."""
-
-    def until(self, step: int) -> int:
-        """The next step after which ``validate`` is asked, or who is active may change."""
-
-    def serve(self, start: int, stop: int, names: tuple[str, ...]) -> Iterator[Batch]:
-        """The batches of those steps."""
-
-    def step(self, state: TrainState, batch: Mapping[str, Any], names: tuple[str, ...]) -> tuple[TrainState, Any]:
-        """One compiled update, and its metrics: ``streak`` [E] or [] among them."""
-
-    def describe(self, metrics: Any, names: tuple[str, ...]) -> dict[str, float]:
-        """Metrics of one step, on the host, as named numbers; must hold ``loss``."""
-
-    def validate(self, state: TrainState, names: tuple[str, ...]) -> tuple[TrainState, dict[str, float]]:
-        """What is measured between steps, if anything, and the state after it."""
-
-    def places(self, step: int, bad: np.ndarray, names: tuple[str, ...]) -> list[str]:
-        """Where the rows stand that a step had of the objectives marked ``bad``."""
-
-
 def run_steps(
-    state: TrainState,
-    work: Work,
-    total: int,
-    *,
-    stage: str,
-    metrics_path: Path,
-    checkpoints: Checkpoints,
-    max_skipped: int,
-    mesh: Mesh,
-    split: Split,
+    state: TrainState, work: Work, total: int, config: RunConfig, *, stage: str, folder: Path, mesh: Mesh, split: Split
 ) -> TrainState:
-    """Run until step ``total``, or until nothing is active, from wherever the newest checkpoint stands.
+    """Run until step ``total``, or until nothing is active, from wherever the newest checkpoint in ``folder`` stands.
 
     Raises:
-        UserError: ``max_skipped`` steps in a row had a loss or gradient that is not finite.
+        UserError: training diverges and does not recover; a checkpoint or a logger cannot be had.
         Stopped: a signal asked for it; the state was saved first.
     """
+    checkpoints = Checkpoints(folder, config.checkpoint)
     state = checkpoints.restore(state)
     index = int(state.step)
-    recorder = _Recorder(MetricsLog(metrics_path, stage, index, work.names), work, stage, max_skipped)
+    recorder = Recorder(config, work, stage, index)
+    trace = _Trace(config)
     try:
         with progress(stage, total, index, quiet=not is_first()) as bar, stop_on_signals() as signals, on_mesh(mesh):
             while index < total and (names := work.active(state)):
                 stop = min(work.until(index), total)
                 for batch, arrays in _placed_ahead(work.serve(index, stop, names), mesh, split):
-                    state, metrics = work.step(state, arrays, names)
+                    with trace.step(index + 1):
+                        state, metrics = work.step(state, arrays, names)
                     index += 1
+                    trace.end(index, metrics)
                     recorder.flush(bar)  # one step behind, so the device never waits for the log
                     recorder.pending = (index, metrics, batch, names)
                     values: dict[str, float] = {}
                     if index == stop:
                         jax.block_until_ready(metrics)
-                        with recorder.log.pause():
+                        with recorder.pause():
                             state, values = work.validate(state, names)
                     stopping = stop_is_agreed(index, bool(signals))  # once: what comes later is for the next step
                     saving = stopping or index % checkpoints.every == 0 or index == total
+                    saving = saving or (bool(values) and checkpoints.is_best(state))
                     if saving or values:
                         recorder.flush(bar, values)
                     if saving:
@@ -172,7 +87,9 @@ def run_steps(
             recorder.flush(bar)
             checkpoints.save(state)  # early stopping ends between checkpoints
     finally:
-        recorder.log.close()
+        trace.close()
+        recorder.close()
+    checkpoints.close()
     return state
 
 
@@ -188,28 +105,30 @@ def _placed_ahead(batches: Iterator[Batch], mesh: Mesh, split: Split) -> Iterato
         yield before
 
 
-class _Recorder:
-    """Writes the step before the one that runs."""
+class _Trace:
+    """The profiler's trace of the steps that ``profile`` names, in the run's ``profile`` folder."""
 
-    def __init__(self, log: MetricsLog, work: Work, stage: str, max_skipped: int):
-        self.log, self.work, self.stage, self.max_skipped = log, work, stage, max_skipped
-        self.pending: tuple[int, Any, Batch, tuple[str, ...]] | None = None
+    def __init__(self, config: RunConfig):
+        self.first, self.last = config.profiled()
+        self.folder = Path(config.out) / "profile"
+        self._running = False
 
-    def flush(self, bar: Progress, values: Mapping[str, float] | None = None) -> None:
-        """Log the pending step, if there is one, with what was measured after it."""
-        if self.pending is None:
-            return
-        step, metrics, batch, names = self.pending
-        self.pending = None
-        metrics = jax.device_get(metrics)
-        found = {**self.work.describe(metrics, names), **(values or {})}
-        self.log.write(step, {k: v if math.isfinite(v) else None for k, v in found.items()}, batch.token_count)
-        bar.advance(f"loss {found['loss']:.3f}")
-        streak = np.atleast_1d(metrics["streak"])
-        if streak.max() >= self.max_skipped:
-            rows = self.work.places(step - 1, streak >= self.max_skipped, names)
-            shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-            raise UserError(
-                f"{self.stage}: {streak.max()} steps in a row had a loss or a gradient that is not finite, the last is "
-                f"step {step} with the rows {shown}; lower train.learning_rate, or mend the rows"
-            )
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        if number == self.first:
+            jax.profiler.start_trace(str(self.folder))
+            self._running = True
+        with jax.profiler.StepTraceAnnotation("step", step_num=number):
+            yield
+
+    def end(self, number: int, metrics: object) -> None:
+        if self._running and number >= self.last:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            if is_first():
+                print(f"wrote {self.folder}: a trace of steps {self.first} to {self.last}")

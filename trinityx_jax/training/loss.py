@@ -16,6 +16,7 @@ from trinityx_jax.backbone.model import unembed_transposed, with_whole_head
 CHUNK = 256  # positions of each part whose logits [P,CHUNK,V] are in memory at once
 
 
+@jax.named_scope("loss")
 def supervised_nll(
     base: Mapping[str, Any], config: BackboneConfig, hidden: jax.Array, batch: Mapping[str, jax.Array]
 ) -> jax.Array:

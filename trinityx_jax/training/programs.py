@@ -31,7 +31,7 @@ class ExpertProgram:
         self.shardings = state_shardings(jax.eval_shape(self.start), mesh)
         step = expert_step(
             backbone, self.optimizer, config.train,
-            dtype=self.dtype, dropout=config.experts.dropout, split=self.split,
+            dtype=self.dtype, dropout=config.experts.dropout, split=self.split, every=config.checkpoint.every,
         )  # fmt: skip
         placed = (self.shardings, replicated(mesh))
         self.update = jax.jit(step, donate_argnums=0, static_argnames="active", out_shardings=placed)
@@ -47,8 +47,11 @@ class ExpertProgram:
 
     def start(self) -> TrainState:
         """The state before the first step, not laid out yet."""
-        keep = self.config.train.patience is not None
-        return expert_state(trained_experts(self.experts()), self.optimizer, keep_best=keep)
+        train = self.config.train
+        return expert_state(
+            trained_experts(self.experts()), self.optimizer,
+            keep_best=train.patience is not None, measure=train.evaluate_every is not None, guard=train.rollbacks > 0,
+        )  # fmt: skip
 
 
 class RouterProgram:
@@ -57,7 +60,9 @@ class RouterProgram:
     def __init__(self, config: RunConfig, backbone: BackboneConfig, total: int, mesh: Mesh, state: Any):
         self.split, self.dtype = split_of(mesh), activations(config.dtype)
         self.shardings = state_shardings(state, mesh)
-        step = router_step(backbone, make_optimizer(config.train), config.train, total, dtype=self.dtype)
+        step = router_step(
+            backbone, make_optimizer(config.train), config.train, total, dtype=self.dtype, every=config.checkpoint.every
+        )
         self.update = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated(mesh)))
 
 
@@ -66,4 +71,4 @@ def router_start(config: RunConfig, backbone: BackboneConfig, router: Router, ex
     trained = jax.tree.map(jnp.copy, trained_router(router, experts))
     count = len(router.names)
     previous = jnp.full((backbone.num_layers, count), 1.0 / count)
-    return router_state(trained, make_optimizer(config.train), previous)
+    return router_state(trained, make_optimizer(config.train), previous, guard=config.train.rollbacks > 0)

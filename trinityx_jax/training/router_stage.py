@@ -39,7 +39,8 @@ from trinityx_jax.runs import (
     save_router,
 )
 from trinityx_jax.training.calibration import RoutingReader, calibrate
-from trinityx_jax.training.checkpoint import Checkpoints
+from trinityx_jax.training.flops import router_flops
+from trinityx_jax.training.loggers import check_loggers
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.programs import RouterProgram, router_start
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
@@ -57,7 +58,11 @@ UNREPEATED = {
     "data",
     "system",
     "mesh",
+    "dtype",
+    "logging",
+    "profile",
 }  # sections that do not change what the stage computes
+TOLD = ("streak", "skipped", "back_to", "diverged")  # metrics that are told apart
 
 
 def router_settings(config: RunConfig) -> dict[str, Any]:
@@ -121,6 +126,7 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     """
     mocae, run = config.mocae_config(), RunFolder(config.out)
     check_router(config)
+    check_loggers(config.logging)
     own = _own(config, vectors)
     start = agreed(_start(config, backbone, own, vectors))  # gamma is computed by each host
     rows = None
@@ -158,7 +164,7 @@ def _open(
     if untrained:  # as training left it, of a router that was here before
         shutil.rmtree(run.path / UNCALIBRATED, ignore_errors=True)
     _own_experts(config, run, own)
-    save_config(config, run.path / "config-router.yaml", "router")
+    save_config(config.model_copy(update={"profile": None}), run.path / "config-router.yaml", "router")
 
 
 def _keep(config: RunConfig, backbone: Backbone, run: RunFolder, router: Router, counts: Mapping[str, Any]) -> None:
@@ -273,12 +279,10 @@ class _Stage:
 
     def train(self, run: RunFolder) -> tuple[Router, Any]:
         """The trained router and its stacked experts, from the newest checkpoint on."""
-        checkpoints = Checkpoints(run.path / "checkpoints" / "router", self.config.checkpoint)
         state = run_steps(
-            self.start(), self, self.total, stage="router", metrics_path=run.metrics_path, checkpoints=checkpoints,
-            max_skipped=self.config.train.max_skipped, mesh=self.mesh, split=self.program.split,
+            self.start(), self, self.total, self.config, stage="router", folder=run.path / "checkpoints" / "router",
+            mesh=self.mesh, split=self.program.split,
         )  # fmt: skip
-        checkpoints.close()
         if int(state.skipped) >= int(state.step):
             raise UserError("router: no step had a finite loss, gradient and result; nothing was learned")
         if int(state.skipped):
@@ -310,8 +314,15 @@ class _Stage:
             router = dataclasses.replace(router, gamma=gamma)
         return self.program.update(state, self.base, self._served, router, self.key, batch)
 
+    def flops(self, batch: Batch, names: tuple[str, ...]) -> float:
+        context, count = batch.pairs / max(batch.token_count, 1), len(self.router.names)
+        rank, trained = next(iter(self.experts.values()))["a"].shape[-1], self.router.config.train_experts
+        return router_flops(
+            self.backbone.config, batch.token_count, context, batch.supervised, rank, list(self.experts), count, trained
+        )
+
     def describe(self, metrics: Any, names: tuple[str, ...]) -> dict[str, float]:
-        out = {k: float(v) for k, v in metrics.items() if k not in ("load", "streak", "skipped")}
+        out = {k: float(v) for k, v in metrics.items() if k not in ("load", *TOLD)}
         if metrics["skipped"]:
             out["skipped"] = int(metrics["skipped"])
         return out | {f"load/{n}": float(x) for n, x in zip(self.router.names, metrics["load"], strict=True)}

@@ -10,7 +10,8 @@ from trinityx_jax.data import sources
 from trinityx_jax.sections import UNSEEN
 
 STAGE_2 = ("experts_learning_rate", "anew")  # keys of ``train`` that stage 1 has no use for
-SAME_RESULT = ("accumulate", "remat", "max_skipped")  # keys of ``train`` that may change while a stage is under way
+# keys of ``train`` that may change while a stage is under way
+SAME_RESULT = ("accumulate", "remat", "max_skipped", "spike", "rollbacks")
 
 
 def data_settings(config: RunConfig, parts: Iterable[str]) -> dict[str, Any]:

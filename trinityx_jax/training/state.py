@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from trinityx_jax.sections import TrainConfig
+from trinityx_jax.training.guard import Guard, begin_guard, watch
 from trinityx_jax.training.optimizer import expert_axes, init_per_expert, learning_rate
 
 Trained = dict[str, Any]
@@ -20,7 +21,7 @@ Trained = dict[str, Any]
 class TrainState:
     """The trained leaves, the optimizer's, the step, and what else has to survive a restart.
 
-    In stage 1 all but ``step`` has an axis of experts (see ``expert_axes``): each expert counts, stops and
+    In stage 1 all but ``step`` has an axis of experts (see ``expert_axes``): each expert counts, stops, goes back and
     keeps its best on its own. ``previous`` is pi_prev [L,E] of stage 2, which stage 1 has none of.
     """
 
@@ -30,35 +31,51 @@ class TrainState:
     previous: Any
     skipped: jax.Array  # steps whose loss or gradient was not finite
     streak: jax.Array  # of those, how many in a row until now
+    guard: Guard | None = None  # against divergence
+    measured: jax.Array | None = None  # the newest validation losses
     best: Trained | None = None  # the leaves at the lowest validation loss
     best_loss: jax.Array | None = None
     best_step: jax.Array | None = None  # the step that has it
     waited: jax.Array | None = None  # validations since then
 
 
-def expert_state(params: Trained, optimizer: optax.GradientTransformation, keep_best: bool) -> TrainState:
+def expert_state(
+    params: Trained,
+    optimizer: optax.GradientTransformation,
+    keep_best: bool = False,
+    measure: bool = False,
+    guard: bool = False,
+) -> TrainState:
     """Stage 1 before its first step; leaves are [L,E,...]."""
     count = jax.tree.leaves(params)[0].shape[1]
-    zeros = jnp.zeros((count,), jnp.int32)
+    zeros, unknown = jnp.zeros((count,), jnp.int32), jnp.full((count,), jnp.inf)
     opt_state = init_per_expert(optimizer, params)
     state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, None, zeros, jnp.copy(zeros))
+    if guard:
+        state = dataclasses.replace(state, guard=begin_guard((params, opt_state), (count,)))
+    if measure:
+        state = dataclasses.replace(state, measured=unknown)
     if not keep_best:
         return state
     return dataclasses.replace(
         state,
         best=jax.tree.map(jnp.copy, params),
-        best_loss=jnp.full((count,), jnp.inf),
+        best_loss=jnp.copy(unknown),
         best_step=jnp.copy(zeros),
         waited=jnp.copy(zeros),
     )
 
 
-def router_state(params: Trained, optimizer: optax.GradientTransformation, previous: jax.Array) -> TrainState:
+def router_state(
+    params: Trained, optimizer: optax.GradientTransformation, previous: jax.Array, guard: bool = False
+) -> TrainState:
     """Stage 2 before its first step."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), previous, jnp.copy(zero), jnp.copy(zero))
+    zero, opt_state = jnp.zeros((), jnp.int32), optimizer.init(params)
+    kept = begin_guard((params, opt_state, previous)) if guard else None
+    return TrainState(zero, params, opt_state, previous, jnp.copy(zero), jnp.copy(zero), kept)
 
 
+@jax.named_scope("optimizer")
 def guarded(
     train: TrainConfig,
     optimizer: optax.GradientTransformation,
@@ -86,39 +103,53 @@ def update_experts(
     losses: jax.Array,
     totals: jax.Array,
     active: tuple[int, ...],
-) -> TrainState:
-    """One step of the ``active`` experts, each by itself; grads are theirs alone, losses and totals [len(active)]."""
-    every = len(active) == state.skipped.shape[0]
+    every: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of the ``active`` experts, each by itself; grads are theirs alone, losses and totals [len(active)].
+
+    Returns:
+        the state, and of each active expert ``skipped``, ``streak`` and what its guard did (``guard.watch``).
+    """
+    whole = {name: getattr(state, name) for name in ("params", "opt_state", "skipped", "streak", "guard")}
+    chosen = len(active) < state.skipped.shape[0]
     index = jnp.asarray(active)
+    axes = expert_axes(whole)
+    own = jax.tree.map(lambda x, axis: jnp.take(x, index, axis), whole, axes) if chosen else whole
 
-    def take(tree: Any) -> Any:
-        return tree if every else jax.tree.map(lambda x, axis: jnp.take(x, index, axis), tree, expert_axes(tree))
+    def single(own: dict[str, Any], g: Trained, loss: jax.Array, total: jax.Array) -> Any:
+        return _one(train, optimizer, own, g, loss, state.step, total, every)
 
-    def put(whole: Any, part: Any) -> Any:
-        def one(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-            return x.at[:, index].set(y) if axis else x.at[index].set(y)
-
-        return part if every else jax.tree.map(one, whole, part, expert_axes(whole))
-
-    params, opt_state = take(state.params), take(state.opt_state)
-    axes = (expert_axes(params), expert_axes(opt_state), expert_axes(grads), 0, None, 0)
-
-    def single(p: Trained, o: Any, g: Trained, loss: jax.Array, step: jax.Array, total: jax.Array) -> Any:
-        return guarded(train, optimizer, p, o, g, loss, step, total)
-
-    new_params, new_opt, fine = jax.vmap(single, in_axes=axes, out_axes=(axes[0], axes[1], 0))(
-        params, opt_state, grads, losses, state.step, totals
+    new, happened = jax.vmap(single, in_axes=(axes, expert_axes(grads), 0, 0), out_axes=(axes, 0))(
+        own, grads, losses, totals
     )
-    skipped = state.skipped.at[index].add(jnp.where(fine, 0, 1))
-    streak = state.streak.at[index].set(jnp.where(fine, 0, state.streak[index] + 1))
-    return dataclasses.replace(
-        state,
-        step=state.step + 1,
-        params=put(state.params, new_params),
-        opt_state=put(state.opt_state, new_opt),
-        skipped=skipped,
-        streak=streak,
-    )
+
+    def put(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+        return x.at[:, index].set(y) if axis else x.at[index].set(y)
+
+    after = jax.tree.map(put, whole, new, axes) if chosen else new
+    told = {"skipped": new["skipped"], "streak": new["streak"], **happened}
+    return dataclasses.replace(state, step=state.step + 1, **after), told
+
+
+def _one(
+    train: TrainConfig,
+    optimizer: optax.GradientTransformation,
+    own: dict[str, Any],
+    grads: Trained,
+    loss: jax.Array,
+    step: jax.Array,
+    total: jax.Array,
+    every: int,
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """One expert's part of a state, and what happened to it."""
+    *leaves, fine = guarded(train, optimizer, own["params"], own["opt_state"], grads, loss, step, total)
+    streak, guard = jnp.where(fine, 0, own["streak"] + 1), own["guard"]
+    happened: dict[str, jax.Array] = {}
+    if guard is not None:
+        leaves, guard, streak, happened = watch(guard, train, every, step, loss, streak, tuple(leaves))
+    names = ("params", "opt_state", "skipped", "streak", "guard")
+    skipped = own["skipped"] + jnp.where(fine, 0, 1)
+    return dict(zip(names, (*leaves, skipped, streak, guard), strict=True)), happened
 
 
 def update_router(
@@ -129,29 +160,32 @@ def update_router(
     loss: jax.Array,
     total: int,
     previous: jax.Array,
-) -> TrainState:
-    """One step of stage 2; gamma stays a set of positive weights that sum to one."""
+    every: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of stage 2, and what happened, as ``update_experts``; gamma stays positive weights that sum to one."""
     params, opt_state, fine = guarded(
         train, optimizer, state.params, state.opt_state, grads, loss, state.step, total
     )  # fmt: skip
     if "gamma" in params:
         positive = jnp.maximum(params["gamma"], 1e-4)
         params["gamma"] = jnp.where(fine, positive / jnp.sum(positive), params["gamma"])
-    return dataclasses.replace(
-        state,
-        step=state.step + 1,
-        params=params,
-        opt_state=opt_state,
-        previous=jnp.where(fine, previous, state.previous),
-        skipped=state.skipped + jnp.where(fine, 0, 1),
-        streak=jnp.where(fine, 0, state.streak + 1),
-    )
+    leaves = params, opt_state, jnp.where(fine, previous, state.previous)
+    streak, guard = jnp.where(fine, 0, state.streak + 1), state.guard
+    happened: dict[str, jax.Array] = {}
+    if guard is not None:
+        leaves, guard, streak, happened = watch(guard, train, every, state.step, loss, streak, leaves)
+    skipped = state.skipped + jnp.where(fine, 0, 1)
+    after = TrainState(state.step + 1, *leaves, skipped, streak, guard)
+    return after, {"skipped": skipped, "streak": streak, **happened}
 
 
 def after_validation(state: TrainState, losses: jax.Array, active: jax.Array) -> TrainState:
-    """Keep the leaves of each active expert whose validation loss [E] is its lowest so far."""
-    assert state.best is not None and state.best_loss is not None and state.best_step is not None
-    assert state.waited is not None
+    """With the validation losses [E] of the active experts, and the leaves of each whose loss is its lowest so far."""
+    assert state.measured is not None
+    state = dataclasses.replace(state, measured=jnp.where(active, losses, state.measured))
+    if state.best is None:
+        return state
+    assert state.best_loss is not None and state.best_step is not None and state.waited is not None
     better = active & (losses < state.best_loss)
 
     def pick(new: jax.Array, old: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from trinityx_jax.mocae.router import probabilities
 from trinityx_jax.mocae.statistics import routing_statistics
 from trinityx_jax.sections import TrainConfig
 from trinityx_jax.training.loss import slots_of, sum_by_group, supervised_nll
-from trinityx_jax.training.optimizer import expert_norms
+from trinityx_jax.training.optimizer import expert_norms, learning_rate
 from trinityx_jax.training.state import Trained, TrainState, update_experts, update_router
 
 Arrays = Mapping[str, jax.Array]
@@ -169,11 +169,12 @@ def expert_step(
     dtype: Any,
     dropout: float = 0.0,
     split: Split = WHOLE,
+    every: int = 1,
 ) -> Callable[..., tuple[TrainState, Arrays]]:
     """One stage 1 update: (state, base, experts, keys [E], totals [E], batch, active) -> (state, metrics).
 
     ``totals`` are each expert's steps; ``active``, static, the indices of those that the batch has rows of; ``split``
-    is how its slots are divided. Jit with the state donated.
+    is how its slots are divided; ``every``, of how many steps one is kept to go back to. Jit with the state donated.
     """
 
     def step(
@@ -192,9 +193,9 @@ def expert_step(
             own[0], base, own[1], config, batch, used, split.groups(len(active)),
             dtype=dtype, dropout=dropout, remat=train.remat,
         )  # fmt: skip
-        state = update_experts(train, optimizer, state, grads, means, totals[index], active)
-        metrics = {"loss": means, "grad_norm": expert_norms(grads)}
-        return state, metrics | {"streak": state.streak[index], "skipped": state.skipped[index]}
+        state, told = update_experts(train, optimizer, state, grads, means, totals[index], active, every)
+        rate = jax.vmap(lambda total: learning_rate(train, state.step - 1, total))(totals[index])
+        return state, {"loss": means, "grad_norm": expert_norms(grads), "learning_rate": rate, **told}
 
     return step
 
@@ -257,9 +258,15 @@ def router_loss(
 
 
 def router_step(
-    config: BackboneConfig, optimizer: optax.GradientTransformation, train: TrainConfig, total: int, *, dtype: Any
+    config: BackboneConfig,
+    optimizer: optax.GradientTransformation,
+    train: TrainConfig,
+    total: int,
+    *,
+    dtype: Any,
+    every: int = 1,
 ) -> Callable[..., tuple[TrainState, Arrays]]:
-    """One stage 2 update: (state, base, experts, router, key, batch) -> (state, metrics)."""
+    """One stage 2 update: (state, base, experts, router, key, batch) -> (state, metrics); ``every`` as stage 1's."""
 
     def step(
         state: TrainState, base: Any, experts: Experts | Prepared, router: Router, key: jax.Array, batch: Arrays
@@ -272,7 +279,8 @@ def router_step(
         mean = parts.pop("mean_routing")
         previous = losses.next_previous(mean, state.previous, router.config.kl)
         metrics = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads)}
-        state = update_router(train, optimizer, state, grads, loss, total, previous)
-        return state, metrics | {"streak": state.streak, "skipped": state.skipped}
+        metrics["learning_rate"] = learning_rate(train, state.step, total)
+        state, told = update_router(train, optimizer, state, grads, loss, total, previous, every)
+        return state, {**metrics, **told}
 
     return step

@@ -26,6 +26,7 @@ from trinityx_jax.mocae import Router
 from trinityx_jax.runs import load_experts, load_router
 from trinityx_jax.sections import MeshConfig
 from trinityx_jax.training.expert_stage import train_experts
+from trinityx_jax.training.recorder import MEASURED
 from trinityx_jax.training.router_stage import stage_experts, train_router
 
 NAMES = ("helpful", "harmless", "honest")
@@ -70,7 +71,7 @@ def backbones(model: Path) -> tuple[Any, Any]:
 def losses(config: RunConfig) -> list[dict[str, float]]:
     """What was measured in every step, times apart."""
     lines = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if isinstance(v, float) and k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if isinstance(v, float) and k not in MEASURED} for line in lines]
 
 
 def near(one: RunConfig, other: RunConfig) -> None:
