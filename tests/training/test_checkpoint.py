@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -23,6 +24,8 @@ from trinityx_jax.training.optimizer import make_optimizer
 from trinityx_jax.training.recorder import MEASURED
 from trinityx_jax.training.state import TrainState, expert_state
 
+ABOUT = {"base": "0" * 64, "experts": ["a", "b", "c"], "rank": 8, "sites": ["gate"]}
+
 
 def state(step: int) -> TrainState:
     draw = np.random.default_rng(step)
@@ -34,7 +37,7 @@ def state(step: int) -> TrainState:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A folder with the states of steps 1, 2 and 3, of which two are kept."""
-    checkpoints = Checkpoints(tmp_path / "saved", CheckpointConfig(every=1, keep=2))
+    checkpoints = Checkpoints(tmp_path / "saved", CheckpointConfig(every=1, keep=2), ABOUT)
     for step in (1, 2, 3):
         checkpoints.save(state(step))
     checkpoints.close()
@@ -42,7 +45,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def restored(folder: Path) -> TrainState:
-    return Checkpoints(folder, CheckpointConfig(keep=2)).restore(state(0))
+    return Checkpoints(folder, CheckpointConfig(keep=2), ABOUT).restore(state(0))
 
 
 def equal(one: TrainState, other: TrainState) -> bool:
@@ -93,7 +96,7 @@ def test_the_newest_whole_one_is_used_and_said(saved: Path, caplog: pytest.LogCa
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith(f"{saved / '3'}: this checkpoint is damaged (") and said.endswith("step 2 is tried")
     assert sorted(path.name for path in saved.iterdir()) == ["2", "damaged-3"]  # nothing is lost
-    checkpoints = Checkpoints(saved, CheckpointConfig(keep=2))  # and its step can be written again
+    checkpoints = Checkpoints(saved, CheckpointConfig(keep=2), ABOUT)  # and its step can be written again
     checkpoints.save(state(3))
     checkpoints.close()
     assert equal(restored(saved), state(3))
@@ -111,7 +114,7 @@ def test_half_a_checkpoint_of_a_killed_process_is_not_one(saved: Path) -> None:
     shutil.copytree(saved / "3", saved / "4.orbax-checkpoint-tmp")
     (saved / "4.orbax-checkpoint-tmp" / "commit_success.txt").unlink(missing_ok=True)
     assert equal(restored(saved), state(3))
-    checkpoints = Checkpoints(saved, CheckpointConfig(keep=2))
+    checkpoints = Checkpoints(saved, CheckpointConfig(keep=2), ABOUT)
     checkpoints.save(state(4))
     checkpoints.close()
     assert equal(restored(saved), state(4))
@@ -120,20 +123,65 @@ def test_half_a_checkpoint_of_a_killed_process_is_not_one(saved: Path) -> None:
 def test_a_state_of_another_shape_is_refused(saved: Path) -> None:
     small = jax.tree.map(lambda x: x[..., :4] if x.ndim > 1 else x, state(0))
     with pytest.raises(UserError, match="3: this checkpoint does not fit the configuration"):
-        Checkpoints(saved, CheckpointConfig()).restore(small)
+        Checkpoints(saved, CheckpointConfig(), ABOUT).restore(small)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"base": "f" * 64}, "of the base model 000000000000, not ffffffffffff"),
+        ({"rank": 16}, "of rank 8, not 16"),
+        ({"experts": ["a", "c"]}, "of the experts a, b, c, not a, c"),
+        ({"sites": ["gate", "up"]}, "of the sites gate, not gate, up"),
+    ],
+)
+def test_a_state_of_something_else_is_refused_by_name(saved: Path, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=f"3: this checkpoint is {says}"):
+        Checkpoints(saved, CheckpointConfig(), ABOUT | change).restore(state(0))
+    assert equal(restored(saved), state(3))
+
+
+def test_it_comes_back_in_another_dtype(saved: Path) -> None:
+    """Rounded once, as a cast rounds."""
+    half = jax.tree.map(lambda x: x.astype("bfloat16") if x.dtype == "float32" else x, state(0))
+    found = Checkpoints(saved, CheckpointConfig(), ABOUT).restore(half)
+    assert found.params["gate"]["a"].dtype == "bfloat16"
+    assert equal(found, jax.tree.map(lambda x: x.astype("bfloat16") if x.dtype == "float32" else x, state(3)))
+
+
+def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+    """By the mean of the experts' validation losses, where all have one; a process that starts anew knows it too."""
+    losses = {1: 3.0, 2: 1.5, 3: None, 4: 2.0, 5: None, 6: 1.75, 7: None, 8: 1.25, 9: None, 10: None}
+
+    def measured(step: int) -> TrainState:
+        loss = losses[step]
+        value = np.full(3, np.inf if loss is None else loss, np.float32) + np.float32([-0.5, 0, 0.5])
+        return dataclasses.replace(state(step), measured=jax.numpy.asarray(value))
+
+    kept, best = {}, {}
+    for step in losses:
+        checkpoints = Checkpoints(tmp_path / "saved", CheckpointConfig(keep=2), ABOUT)
+        if step > 1:
+            assert equal(checkpoints.restore(measured(1)), measured(step - 1))
+        best[step] = checkpoints.is_best(measured(step))
+        checkpoints.save(measured(step))
+        checkpoints.close()
+        kept[step] = sorted(int(path.name) for path in (tmp_path / "saved").iterdir())
+    assert [step for step, is_best in best.items() if is_best] == [1, 2, 8]
+    assert kept[4] == [2, 3, 4] and kept[7] == [2, 6, 7] and kept[8] == [7, 8] and kept[10] == [8, 9, 10]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)
     with pytest.raises(UserError, match="a checkpoint cannot be written"):
-        Checkpoints(tmp_path / "locked" / "saved", CheckpointConfig())
+        Checkpoints(tmp_path / "locked" / "saved", CheckpointConfig(), ABOUT)
 
 
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "saved").write_text("no folder")
     with pytest.raises(UserError, match="saved: a checkpoint cannot be written"):
-        Checkpoints(tmp_path / "saved", CheckpointConfig())
+        Checkpoints(tmp_path / "saved", CheckpointConfig(), ABOUT)
 
 
 def test_training_goes_on_from_the_one_before(backbone: Any, configure: Any, interrupted: Any, caplog: Any) -> None:

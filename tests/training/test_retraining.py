@@ -86,16 +86,19 @@ def test_a_router_of_an_expert_that_is_trained_anew_is_trained_anew(
 def test_a_saved_state_is_its_experts_own(
     backbone: Backbone, configure: Any, far: Any, tmp_path: Path, interrupted: Any
 ) -> None:
-    """Gone on with in another order, each expert still becomes what it is uninterrupted; another gets nothing of it."""
-    whole = train_experts(configure("whole", TWO), backbone)
+    """It is not gone on with in another order, nor begun anew without a word; another expert gets nothing of it."""
     with interrupted(2):
         train_experts(configure("run", TWO), backbone)
-    found = train_experts(configure("run", TWO[::-1]), backbone)
-    for name in TWO:
-        assert far(found[name], whole[name]) <= 1e-5
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+    single = {"train": {"mode": "single"}}
+    for names, changes in ((TWO[::-1], {}), (TWO[:1], {}), ((*TWO, "harmless"), {}), (TWO, single)):
+        with pytest.raises(UserError, match=rf"{folder}: holds helpful, honest after step 2; .* --train.experts \["):
+            train_experts(configure("run", names, **changes), backbone)
     other = train_experts(configure("run", ("harmless",)), backbone)
     alone = train_experts(configure("alone", ("harmless",)), backbone)
     assert far(other["harmless"], alone["harmless"]) <= 1e-5
+    again = configure("run", TWO[::-1], train={"experts": list(TWO[::-1])})
+    train_experts(again, backbone)
     assert not list((tmp_path / "run" / "checkpoints").glob("experts*"))  # all are done
 
 

@@ -82,7 +82,7 @@ class TaskVector:
     def inner(self, other: TaskVector) -> jax.Array:
         """<self, other> over all sites and layers, without forming a dense delta (METHOD 1)."""
         total = jnp.zeros((), jnp.float32)
-        for site in self.sites.keys() & other.sites.keys():
+        for site in sorted(self.sites.keys() & other.sites.keys()):  # a sum depends on its order
             x, y = _unit_scale(self.sites[site]), _unit_scale(other.sites[site])
             same_shape(site, [x, y])
             left = jnp.einsum("lir,lik->lrk", x["a"], y["a"], precision="highest")

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +25,8 @@ from trinityx_jax.sections import CheckpointConfig
 from trinityx_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
-SEAL = "trinityx-files.json"  # of a checkpoint: a digest of each of its files
+SEAL = "trinityx-files.json"  # of a checkpoint: a digest of each of its files, and what it is of
+ABOUT = {"base": "the base model", "experts": "the experts", "rank": "rank", "sites": "the sites"}
 LATER = {SEAL, "_CHECKPOINT_METADATA", "commit_success.txt"}  # that orbax writes as it moves a checkpoint into place
 BEST = "validation"  # what the best checkpoint has the lowest of
 DAMAGED = "damaged-"  # checkpoints that are not whole are kept beside the others under this name
@@ -34,14 +36,17 @@ class Checkpoints:
     """Saves and restores one stage's ``TrainState``.
 
     A checkpoint is sealed with digests of its files before it is moved into place: storage reads a flipped bit without
-    a word.
+    a word. The seal also says what it is of.
+
+    Args:
+        about: of what, by name (``ABOUT``): another one's is refused.
 
     Raises:
         UserError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointConfig):
-        self.folder = folder
+    def __init__(self, folder: Path, settings: CheckpointConfig, about: Mapping[str, Any]):
+        self.folder, self.about = folder, json.loads(json.dumps(about))
         self.every = settings.every
         self._best = math.inf  # validation loss of a checkpoint that is there
         options = ocp.CheckpointManagerOptions(
@@ -65,7 +70,7 @@ class Checkpoints:
         """The newest whole state, or ``state`` where none is saved; what is not whole is set aside, and it is said.
 
         Raises:
-            UserError: the saved state does not fit this configuration.
+            UserError: the saved state is of another base, rank or list of experts, or does not fit otherwise.
         """
         on_first(self._set_damaged_aside)
         self._manager.reload()
@@ -75,6 +80,11 @@ class Checkpoints:
         return state if step is None else self._read(step, state)
 
     def _read(self, step: int, state: TrainState) -> TrainState:
+        found = _sealed(self.folder / str(step))["about"]
+        for name, what in ABOUT.items():
+            if found.get(name) != self.about.get(name):
+                own, theirs = (_told(about.get(name)) for about in (self.about, found))
+                raise UserError(f"{self.folder / str(step)}: this checkpoint is of {what} {theirs}, not {own}")
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(target))
@@ -130,7 +140,8 @@ class Checkpoints:
             return
         for folder in self.folder.resolve().glob("*.orbax-checkpoint-tmp*"):
             if not (folder / SEAL).exists():
-                (folder / SEAL).write_text(json.dumps(_digests(folder)), encoding="utf-8")
+                seal = {"about": self.about, "files": _digests(folder)}
+                (folder / SEAL).write_text(json.dumps(seal), encoding="utf-8")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -152,14 +163,37 @@ def _lowest(metrics: Mapping[str, float]) -> float:
     return metrics.get(BEST, math.inf)
 
 
+def under_way(folder: Path) -> tuple[int, list[str]] | None:
+    """The newest step of a folder of checkpoints and the experts that it is of; None where there is none."""
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    for step in sorted(steps, reverse=True):
+        try:
+            return step, list(_sealed(folder / str(step))["about"]["experts"])
+        except (OSError, ValueError, LookupError, TypeError):  # damaged, which is said when it is read
+            continue
+    return None
+
+
+def _sealed(folder: Path) -> dict[str, Any]:
+    """A seal's ``about`` and ``files``; raises OSError, ValueError or KeyError where it is none."""
+    found = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not all(isinstance(found[key], dict) for key in ("about", "files")):
+        raise ValueError("no seal")
+    return found
+
+
+def _told(value: Any) -> str:
+    """A value of ``about`` in a sentence; fingerprints by their first twelve digits."""
+    text = ", ".join(value) if isinstance(value, list) else str(value)
+    return text[:12] if len(text) == 64 else text
+
+
 def damage(folder: Path) -> str | None:
     """What of a checkpoint's files is not as it was written; None where all are."""
     try:
-        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        sealed = _sealed(folder)["files"]
+    except (OSError, ValueError, KeyError):
         return f"{SEAL} is missing or cannot be read"
-    if not isinstance(sealed, dict):
-        return f"{SEAL} is not a list of files"
     found = _digests(folder)
     for name in sorted({*sealed, *found}):
         if name not in found:

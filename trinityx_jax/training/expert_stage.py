@@ -25,6 +25,7 @@ from trinityx_jax.parallel.multihost import on_first
 from trinityx_jax.parallel.sharding import mesh_of, on_this_host, put, replicated
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import forget_router, save_experts
+from trinityx_jax.training.checkpoint import under_way
 from trinityx_jax.training.flops import expert_flops
 from trinityx_jax.training.loggers import check_loggers
 from trinityx_jax.training.loop import run_steps
@@ -91,11 +92,13 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
     run = RunFolder(config.out)
     rows = load_training_rows(config, backbone, names)
     settings = {name: expert_settings(config, name) for name in names}
-    on_first(_open, config, backbone, run, settings)
     groups = [names] if config.train.mode == "joint" else [[name] for name in names]
+    folders = [_checkpoints(run, {name: settings[name] for name in group}) for group in groups]
+    if config.train.experts is None:
+        _check_under_way(run, groups, folders)
+    on_first(_open, config, backbone, run, settings)
     trained: dict[str, TaskVector] = {}
-    for group in groups:
-        folder = _checkpoints(run, {name: settings[name] for name in group})
+    for group, folder in zip(groups, folders, strict=True):
         found = _Group(config, backbone, rows, group).train(folder)
         trained |= found
         on_first(_keep, config, run, found, {name: len(rows.train[name]) for name in group}, folder)
@@ -147,6 +150,21 @@ def _checkpoints(run: RunFolder, settings: Mapping[str, dict[str, Any]]) -> Path
     return run.path / "checkpoints" / f"experts-{zlib.crc32(whose.encode()):08x}"
 
 
+def _check_under_way(run: RunFolder, groups: Sequence[Sequence[str]], folders: Sequence[Path]) -> None:
+    """Raise UserError where experts that are to begin are under way among others, whose work would be lost."""
+    begun = {path: under_way(path) for path in sorted((run.path / "checkpoints").glob("experts-*"))}
+    for group, folder in zip(groups, folders, strict=True):
+        if begun.get(folder) is not None:
+            continue
+        for path, found in begun.items():
+            if found is not None and set(found[1]) & set(group):
+                raise UserError(
+                    f"{path}: holds {', '.join(found[1])} after step {found[0]}; this configuration trains "
+                    f"{', '.join(group)} together: go on with those (experts.names, train.mode), begin anew with "
+                    f"--train.experts [{','.join(group)}], or choose another --out"
+                )
+
+
 def _label(names: list[str], config: RunConfig) -> str:
     """The stage's name in logs: all experts, or which."""
     return "experts" if names == config.experts.names else f"experts/{'+'.join(names)}"
@@ -182,8 +200,10 @@ class _Group:
 
     def train(self, folder: Path) -> dict[str, TaskVector]:
         """The group's experts, from the newest checkpoint in ``folder`` on."""
+        e = self.config.experts
+        about = {"base": self.backbone.fingerprint, "experts": self.names, "rank": e.rank, "sites": e.sites}
         state = run_steps(
-            self.start(), self, max(self.totals.values()), self.config, stage=self.label, folder=folder,
+            self.start(), self, max(self.totals.values()), self.config, stage=self.label, folder=folder, about=about,
             mesh=self.mesh, split=self.program.split,
         )  # fmt: skip
         for name, skipped in zip(self.names, state.skipped.tolist(), strict=True):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from trinityx_jax.config import RunConfig
 from trinityx_jax.data.batching import Batch, Split
+from trinityx_jax.errors import UserError
 from trinityx_jax.parallel.multihost import is_first, stop_is_agreed
 from trinityx_jax.parallel.sharding import on_mesh, put_batch
 from trinityx_jax.progress import progress
@@ -45,7 +47,16 @@ def stop_on_signals() -> Iterator[list[int]]:
 
 
 def run_steps(
-    state: TrainState, work: Work, total: int, config: RunConfig, *, stage: str, folder: Path, mesh: Mesh, split: Split
+    state: TrainState,
+    work: Work,
+    total: int,
+    config: RunConfig,
+    *,
+    stage: str,
+    folder: Path,
+    about: Mapping[str, Any],
+    mesh: Mesh,
+    split: Split,
 ) -> TrainState:
     """Run until step ``total``, or until nothing is active, from wherever the newest checkpoint in ``folder`` stands.
 
@@ -53,7 +64,7 @@ def run_steps(
         UserError: training diverges and does not recover; a checkpoint or a logger cannot be had.
         Stopped: a signal asked for it; the state was saved first.
     """
-    checkpoints = Checkpoints(folder, config.checkpoint)
+    checkpoints = Checkpoints(folder, config.checkpoint, about)
     state = checkpoints.restore(state)
     index = int(state.step)
     recorder = Recorder(config, work, stage, index)
@@ -86,6 +97,10 @@ def run_steps(
                         raise Stopped(f"{stage}: stopped by {by} after step {index}; run again to go on")
             recorder.flush(bar)
             checkpoints.save(state)  # early stopping ends between checkpoints
+    except BaseException:
+        with contextlib.suppress(UserError):  # what is under way is written all the same
+            checkpoints.close()
+        raise
     finally:
         trace.close()
         recorder.close()

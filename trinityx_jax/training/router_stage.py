@@ -279,9 +279,11 @@ class _Stage:
 
     def train(self, run: RunFolder) -> tuple[Router, Any]:
         """The trained router and its stacked experts, from the newest checkpoint on."""
+        rank = next(iter(self.experts.values()))["a"].shape[-1]
+        about = {"base": self.backbone.fingerprint, "experts": list(self.router.names), "rank": rank}
         state = run_steps(
             self.start(), self, self.total, self.config, stage="router", folder=run.path / "checkpoints" / "router",
-            mesh=self.mesh, split=self.program.split,
+            about={**about, "sites": list(self.experts)}, mesh=self.mesh, split=self.program.split,
         )  # fmt: skip
         if int(state.skipped) >= int(state.step):
             raise UserError("router: no step had a finite loss, gradient and result; nothing was learned")
