@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +205,37 @@ def test_training_goes_on_from_the_one_before(backbone: Any, configure: Any, int
              for c in (config, whole)]  # fmt: skip
     assert steps[0] == steps[1]
     assert json.dumps(steps[0]).count('"step"') == 6
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", place], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_and_one_that_cannot_be_written(small_disk: Path) -> None:
+    """What was there stays whole; with room again, all goes on."""
+    checkpoints = Checkpoints(small_disk / "saved", CheckpointConfig(every=1, keep=9), ABOUT)
+    with pytest.raises(UserError, match=r"saved: a checkpoint cannot be written \(No space left on device\)"):
+        for step in range(1, 99):
+            checkpoints.save(state(step), wait=True)
+    (small_disk / "filler").write_bytes(b"")
+    found = Checkpoints(small_disk / "saved", CheckpointConfig(keep=9), ABOUT).restore(state(0))
+    newest = int(found.step)
+    assert newest >= 1 and equal(found, state(newest))
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(UserError, match="saved: a checkpoint cannot be written"):
+        Checkpoints(small_disk / "saved", CheckpointConfig(keep=9), ABOUT).save(state(newest + 1), wait=True)
+    subprocess.run(["mount", "-o", "remount,rw,size=9m", small_disk], check=True)
+    again = Checkpoints(small_disk / "saved", CheckpointConfig(keep=9), ABOUT)
+    assert equal(again.restore(state(0)), state(newest))
+    again.save(state(newest + 1), wait=True)
+    assert equal(again.restore(state(0)), state(newest + 1))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,13 @@ import trinityx_jax as tx
 from trinityx_jax.config import RunConfig, load_config
 from trinityx_jax.data.batching import TrainingBatches
 from trinityx_jax.errors import UserError
+from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import open_run
+from trinityx_jax.training.checkpoint import Checkpoints
+from trinityx_jax.training.recorder import MEASURED
 from trinityx_jax.training.router_stage import train_router
 from trinityx_jax.training.rows import load_training_rows
+from trinityx_jax.training.state import TrainState
 
 NAMES = ("helpful", "harmless", "honest")
 
@@ -130,3 +136,39 @@ def test_switches_without_effect_are_refused(
     with pytest.raises(UserError, match=says):
         train_router(configure(tiny_config, tmp_path / "new", switches, *flags), run.backbone, run.vectors)
     assert not (tmp_path / "new").exists()
+
+
+def forget_moments(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
+
+
+def forget_previous(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, previous=jnp.full_like(state.previous, 1 / state.previous.shape[1]))
+
+
+def test_whatever_is_dropped_of_a_state_shows(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Any
+) -> None:
+    """Stopped and gone on with: bit for bit the whole run with all of its state, another without a part of it."""
+    restore, serve = Checkpoints.restore, TrainingBatches.serve
+
+    def trained(name: str) -> tuple[Any, list[dict[str, Any]]]:
+        own = configure(tiny_config, tmp_path / name, {"lambda_kl": 5.0}, "--experts.from", str(tiny_run))
+        router = train_router(own, run.backbone, run.vectors)
+        return router, [{k: v for k, v in x.items() if k not in MEASURED} for x in RunFolder(own.out).metrics()]
+
+    expected, lines = trained("whole")
+    with interrupted(2):
+        trained("cut")
+    for part in ("nothing", "moments", "previous", "position"):
+        shutil.copytree(tmp_path / "cut", tmp_path / part)
+        with monkeypatch.context() as patched:
+            if part in ("moments", "previous"):
+                forget = {"moments": forget_moments, "previous": forget_previous}[part]
+                patched.setattr(Checkpoints, "restore", lambda self, state, forget=forget: forget(restore(self, state)))
+            if part == "position":  # as if rows were served from the first on
+                patched.setattr(TrainingBatches, "serve", lambda self, start, stop, n: serve(self, 0, stop - start, n))
+            found, own = trained(part)
+        same = np.array_equal(found.kernel, expected.kernel), own == lines
+        assert same == ((True, True) if part == "nothing" else (False, False)), part
+        assert [line["step"] for line in own] == [1, 2, 3, 4]

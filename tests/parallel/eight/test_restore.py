@@ -1,0 +1,55 @@
+"""A state saved on one number of devices comes back on any other, laid out as it is there, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from trinityx_jax.experts import lora
+from trinityx_jax.parallel.sharding import make_mesh, state_shardings
+from trinityx_jax.sections import CheckpointConfig, TrainConfig
+from trinityx_jax.training.checkpoint import Checkpoints
+from trinityx_jax.training.optimizer import make_optimizer
+from trinityx_jax.training.state import TrainState, expert_state
+
+MESHES = {
+    "1": {}, "2": {"fsdp": 2}, "4": {"data": 2, "fsdp": 2}, "8": {"fsdp": 4, "tensor": 2}, "8 experts": {"expert": 8},
+}  # fmt: skip
+ABOUT = {"base": "0" * 64, "experts": ["a"] * 8, "rank": 4, "sites": ["gate"]}
+
+
+def state(seed: int) -> TrainState:
+    draw = np.random.default_rng(seed)
+    shapes = {"a": (2, 8, 32, 4), "b": (2, 8, 4, 48)}
+    params = {"gate": {k: jax.numpy.asarray(draw.normal(size=s), "float32") for k, s in shapes.items()}}
+    begun = expert_state(params, make_optimizer(TrainConfig()), keep_best=True, measure=True, guard=True)
+    return jax.tree.map(lambda x: x + seed if x.dtype == "int32" else x, begun)
+
+
+def on(mesh: str, what: TrainState) -> TrainState:
+    sizes = MESHES[mesh]
+    count = int(np.prod(list(sizes.values()), initial=1))
+    return jax.device_put(what, state_shardings(what, make_mesh(sizes, jax.devices()[:count])))
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted"), [("8", "1"), ("8", "2"), ("8", "4"), ("8", "8 experts"), ("1", "8"), ("2", "8"), ("4", "8")]
+)
+def test_onto_another_number_of_devices(
+    saved: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "LARGE", 0)  # so that factors and moments are divided
+    checkpoints = Checkpoints(tmp_path / "saved", CheckpointConfig(), ABOUT)
+    checkpoints.save(on(saved, state(3)))
+    checkpoints.close()
+    target: Any = on(wanted, state(0))
+    found = Checkpoints(tmp_path / "saved", CheckpointConfig(), ABOUT).restore(target)
+    for x, y, place in zip(*(jax.tree.leaves(tree) for tree in (found, state(3), target)), strict=True):
+        assert np.array_equal(x, y)
+        assert x.sharding.is_equivalent_to(place.sharding, x.ndim)
+    divided = {len(x.addressable_shards) for x in jax.tree.leaves(found.params) if not x.is_fully_replicated}
+    assert divided == (set() if wanted == "1" else {len(found.step.sharding.device_set)})
