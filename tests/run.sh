@@ -22,7 +22,7 @@ if [ ! -f "$stamp" ] || [ setup.cfg -nt "$stamp" ]; then
     "$python" -m venv "$venv"
     install -e '.[test]'
     without_torch # before torch arrives: the main job must run without it
-    install -e '.[test,torch,tpu]' # libtpu compiles for TPUs that are not there
+    install -e '.[test,torch,tpu,loggers]' # libtpu compiles for TPUs that are not there
     touch "$stamp"
 else
     without_torch

@@ -53,7 +53,7 @@ def configure(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
             "evaluate": {"batch_size": 4},
         }
         for section, own in changes.items():
-            values[section] = {**values[section], **own}
+            values[section] = {**values.get(section, {}), **own}
         return parse_config(values, "test")
 
     return make

@@ -34,7 +34,10 @@ def check_loggers(settings: LoggingConfig) -> None:
 def open_sinks(
     settings: LoggingConfig, run: Path, stage: str, restored: int, config: Mapping[str, Any]
 ) -> dict[str, Sink]:
-    """Those that are asked for, by name; what they have of this stage past the restored step is replaced.
+    """Those that are asked for, by name.
+
+    TensorBoard's files drop what an earlier process wrote past the restored step; the others take nothing back: a step
+    that is done again, because the process was killed, stands there twice, with the same values.
 
     Args:
         config: the run's configuration, shown beside its curves.
@@ -70,8 +73,6 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A step that is logged again after a restart stands there twice, with the same values: W&B takes nothing back."""
-
     def __init__(self, project: str, run: Path, stage: str, restored: int, config: Mapping[str, Any]):
         import wandb
 
