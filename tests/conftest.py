@@ -80,6 +80,27 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="module")
+def guarded_steps():
+    """Training's steps raise where anything goes between host and devices."""
+    import jax
+
+    from trinityx_jax.training.expert_stage import _Group
+    from trinityx_jax.training.router_stage import _Stage
+
+    def within(step):
+        def guarded(*arguments):
+            with jax.transfer_guard("disallow"):
+                return step(*arguments)
+
+        return guarded
+
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in (_Group, _Stage):
+            patch.setattr(stage, "step", within(stage.step))
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as GGUF, from its PyPI package."""

@@ -27,7 +27,7 @@ from trinityx_jax.commands import data, planning, routing, vectors
 from trinityx_jax.commands.common import NO, OK, Config, Out, Overrides, Run, Source, own_options, parse_weights, show
 from trinityx_jax.errors import UserError
 from trinityx_jax.parallel.compilation import keep_compiled
-from trinityx_jax.parallel.multihost import join_hosts
+from trinityx_jax.parallel.multihost import is_first, join_hosts
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 BAD_INPUT, STOPPED = 2, 75
@@ -116,8 +116,9 @@ def train_experts(config: Config, overrides: Overrides = (), dry_run: bool = Fal
         return OK
     backbone = load_backbone(settings.model, settings.dtype, mesh=settings.mesh)
     vectors = expert_stage.train_experts(settings, backbone)
-    for name in vectors:
-        print(f"wrote {run.path / 'experts' / name}")
+    if is_first():
+        for name in vectors:
+            print(f"wrote {run.path / 'experts' / name}")
     return OK
 
 
@@ -142,7 +143,8 @@ def train_router(config: Config, overrides: Overrides = (), dry_run: bool = Fals
         return OK
     backbone = load_backbone(settings.model, settings.dtype, mesh=settings.mesh)
     router_stage.train_router(settings, backbone, router_stage.stage_experts(settings, backbone))
-    print(f"wrote {run.path / 'router'}")
+    if is_first():
+        print(f"wrote {run.path / 'router'}")
     return OK
 
 

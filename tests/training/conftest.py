@@ -22,7 +22,7 @@ FORMATS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quickly(quick_compilation):
+def _quickly(quick_compilation, guarded_steps):
     """All of them."""
 
 

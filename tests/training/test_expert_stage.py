@@ -15,6 +15,7 @@ from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import init_expert
+from trinityx_jax.parallel.sharding import put_batch
 from trinityx_jax.training import expert_stage
 from trinityx_jax.training.expert_stage import train_experts
 
@@ -70,7 +71,7 @@ def test_early_stopping_keeps_the_best_of_each_expert(
             state = group.start()
             for step, batch in enumerate(group.serve(0, best, (name,))):
                 assert int(state.step) == step
-                state, _ = group.step(state, batch.arrays(), (name,))
+                state, _ = group.step(state, put_batch(batch.arrays(), group.mesh), (name,))
             assert far(kept[name], group.vectors(state)[name]) <= 1e-5
     assert len({max(line["step"] for line in found if f"loss/{name}" in line) for name in TWO}) > 1
 
@@ -101,7 +102,7 @@ def test_steps_that_are_not_finite_change_nothing_and_many_stop_with_their_rows(
     state = group.start()
     begun = jax.tree.map(np.asarray, state.params)
     for batch in group.serve(0, 2, NAMES):
-        state, metrics = group.step(state, batch.arrays(), NAMES)
+        state, metrics = group.step(state, put_batch(batch.arrays(), group.mesh), NAMES)
     assert metrics["streak"].tolist() == state.skipped.tolist() == [0, 0, 2]
     for site in begun:
         for leaf in ("a", "b"):

@@ -11,5 +11,5 @@ if "device_count=8" not in os.environ.get("XLA_FLAGS", ""):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quickly(quick_compilation):
+def _quickly(quick_compilation, guarded_steps):
     """All of them."""
