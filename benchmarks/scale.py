@@ -9,8 +9,8 @@
 ratio of times is the median over rounds, in brackets its range; that of operations is what the steps cannot do
 without (``training/flops.py``). ``memory`` is XLA's account of the compiled program on one device. ``pods`` is
 ``trinityx plan``: what a chip sends in a step, and the least time that products, memory and links need each, from
-published rates. Efficiency is a chip's tokens per second beside those on the fewest chips: where all three run beside
-one another, and where they come one after another.
+published rates. Efficiency is a chip's tokens per second beside those on the fewest chips: where the three come one
+after another, and where they run beside one another. The time that a message takes to begin is not in it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from trinityx_jax.experts import init_expert, lora, stack
 from trinityx_jax.mocae import init_router
 from trinityx_jax.parallel.chips import GIB
 from trinityx_jax.parallel.sharding import base_shardings, make_mesh, on_mesh, put_batch, put_trained, replicated
-from trinityx_jax.plan import compile_programs, estimate, open_plan
 from trinityx_jax.training.flops import expert_flops, router_flops
 from trinityx_jax.training.programs import ExpertProgram, RouterProgram, router_start
 
@@ -193,17 +192,21 @@ def pods(options: argparse.Namespace) -> None:
         for topology in options.topologies:
             speed, cells = _pod(options, stage, topology)
             first = first or speed
-            shown = " to ".join(f"{a / b:.0%}" for a, b in zip(speed, first, strict=True))
+            shown = " to ".join(f"{a / b:.0%}" for a, b in zip(speed or (), first or (), strict=True))
             print(f"| {' | '.join([*cells, shown])} |", flush=True)
 
 
-def _pod(options: argparse.Namespace, stage: str, topology: str) -> tuple[tuple[float, float], list[str]]:
+def _pod(options: argparse.Namespace, stage: str, topology: str) -> tuple[tuple[float, float] | None, list[str]]:
     """((a chip's tokens per second one after another, and beside one another), cells of the table)."""
+    from trinityx_jax.plan import compile_programs, estimate, open_plan
+
     chips = math.prod(int(n) for n in topology.partition(":")[2].split("x"))
     rows = options.rows or chips
     flags = ["--model", options.model, "--train.batch_size", str(rows)]
     plan = open_plan(f"configs/llama2-7b-{stage}.yaml", flags, topology, stage)
     (found,) = compile_programs(plan, ["train"])
+    if not found["fits"]:
+        return None, [str(chips), "", f"{found['needed'] / GIB:.1f} GiB", "does not fit", *[""] * 4]
     bounds = estimate(plan, found)
     tokens = rows * len(plan.config.experts.names) * plan.config.train.seq_len
     speed = tuple(tokens / chips / seconds for seconds in (sum(bounds.values()), max(bounds.values())))

@@ -21,18 +21,23 @@ fi
 name=$1 zone=$2
 shift 2
 
+gcloud compute tpus tpu-vm describe "$name" --zone "$zone" >/dev/null || exit 2
 everywhere() { gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "$1"; }
 
-install='mkdir -p trinityx_jax && tar xzf trinityx.tar.gz -C trinityx_jax && cd trinityx_jax &&
-    python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv &&
-    ~/.local/bin/uv pip install --quiet --python .venv/bin/python -e ".[tpu]"'
-# started once, in a session of its own; then followed to its end, whose code is that of the connection
-train="cd trinityx_jax || exit 1
-if ! { [ -f .pid ] && kill -0 \$(cat .pid); } 2>/dev/null; then
-    rm -f .code
-    setsid nohup bash -c 'bash launch/tpu_host.sh \"\$@\"; echo \$? > .code' -- $(printf '%q ' "$@") > .log 2>&1 < /dev/null &
+words=$(printf '%q ' "$@")
+# what runs there goes on untouched; other words than its own are refused
+running='cd trinityx_jax 2>/dev/null && [ -f .pid ] && kill -0 "$(cat .pid)" 2>/dev/null'
+install="if $running; then exit 0; fi; cd; rm -rf trinityx_jax/trinityx_jax; mkdir -p trinityx_jax &&
+    tar xzf trinityx.tar.gz -C trinityx_jax && cd trinityx_jax && rm -f .code .pid && python3 -m pip install --quiet --user uv &&
+    ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv &&
+    ~/.local/bin/uv pip install --quiet --python .venv/bin/python -e '.[tpu]'"
+train="if ! { $running; }; then
+    cd ~/trinityx_jax || exit 1
+    printf %s $(printf %q "$words") > .words
+    setsid nohup bash -c 'bash launch/tpu_host.sh \"\$@\"; echo \$? > .code' -- $words > .log 2>&1 < /dev/null &
     echo \$! > .pid
 fi
+cd ~/trinityx_jax && [ \"\$(cat .words)\" = $(printf %q "$words") ] || { echo \"tpu_vm: \$(cat .words)runs there\" >&2; exit 2; }
 tail -n +1 --pid=\$(cat .pid) -f .log
 exit \$(cat .code)"
 
@@ -44,6 +49,7 @@ for ((left = ${TRINITYX_RETRIES:-100}; left >= 0; left--)); do
     if gcloud compute tpus tpu-vm scp "$archive" "$name:trinityx.tar.gz" --zone "$zone" --worker=all && everywhere "$install"; then
         code=0
         everywhere "$train" || code=$?
+        case " $* " in *" --dry-run "*) exit "$code" ;; esac
         case $code in 0 | 2) exit "$code" ;; esac
     fi
     echo "tpu_vm: $name cannot be reached, or was stopped; tries again ($left left)" >&2

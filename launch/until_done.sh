@@ -10,8 +10,8 @@ if [ $# -eq 0 ]; then
     echo "usage: bash $0 [--dry-run] train-experts|train-router CONFIG [--key value ...]" >&2
     exit 2
 fi
-trinityx=trinityx
-[ ! -x .venv/bin/trinityx ] || trinityx=.venv/bin/trinityx
+trinityx=${TRINITYX:-trinityx} # the checkout's, where it has one
+[ -n "${TRINITYX:-}" ] || [ ! -x .venv/bin/trinityx ] || trinityx=.venv/bin/trinityx
 words=("$@")
 if [ "$1" = --dry-run ]; then # may stand first
     words=("${@:2}" --dry-run)
@@ -27,6 +27,7 @@ left=${TRINITYX_RESTARTS:-20}
 while :; do
     "$trinityx" "${words[@]}" &
     child=$!
+    [ -z "$stopped" ] || kill -TERM "$child" # it came before there was a child to pass it on to
     wait "$child"
     code=$?
     while [ -n "$stopped" ] && kill -0 "$child" 2>/dev/null; do # the signal ended the wait, the command still saves

@@ -6,16 +6,13 @@ after saving, run again to go on.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 import logging
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +24,8 @@ from trinityx_jax.commands import data, planning, routing, vectors
 from trinityx_jax.commands.common import NO, OK, Config, Out, Overrides, Run, Source, own_options, parse_weights, show
 from trinityx_jax.errors import UserError
 from trinityx_jax.parallel.compilation import keep_compiled
-from trinityx_jax.parallel.multihost import is_first, join_hosts
+from trinityx_jax.parallel.multihost import HostsMissing, is_first, join_hosts
+from trinityx_jax.signals import interruptible
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 BAD_INPUT, STOPPED = 2, 75
@@ -48,7 +46,7 @@ def quickstart(out: str = "runs/quickstart", model: str | None = None, steps: in
         steps: training steps of each stage; by default what fits ten minutes on two cores.
     """
     from trinityx_jax.evaluation.report import closing_table
-    from trinityx_jax.parallel.chips import GIB, process_memory
+    from trinityx_jax.progress import process_memory
     from trinityx_jax.quickstart import quickstart as run_quickstart
 
     started = time.monotonic()
@@ -62,7 +60,7 @@ def quickstart(out: str = "runs/quickstart", model: str | None = None, steps: in
         ("for transformers", Path(out) / "exports" / "mocae"),
     ):
         print(f"{label:>16}: {path}")
-    print(f"{'took':>16}: {time.monotonic() - started:.0f} s, peak memory {process_memory() / GIB:.1f} GiB")
+    print(f"{'took':>16}: {time.monotonic() - started:.0f} s, peak memory {process_memory() / 2**30:.1f} GiB")
     failed = [c["claim"] for c in results["claims"] if not c["held"]]
     for claim in failed:
         print(f"claim not met: {claim}", file=sys.stderr)
@@ -317,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for flag, word in itertools.pairwise(words):
             if not word:
                 raise UserError(f"{flag}: what follows it is empty")
-        with _interruptible():
+        with interruptible():
             join_hosts()
             if jax.distributed.is_initialized() and jax.process_count() > 1 and name not in ON_MANY_HOSTS:
                 raise UserError(f"{name} runs in one process; this is one of {jax.process_count()}")
@@ -325,6 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"trinityx: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
+    except HostsMissing as error:
+        print(f"trinityx: {error}; run again", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("trinityx: stopped by a signal; what was finished is kept, run again to go on", file=sys.stderr)
         return STOPPED
@@ -345,43 +346,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("trinityx: No space left on device", file=sys.stderr)
             return BAD_INPUT
         raise
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, so that cleanups run.
-
-    Python drops what is raised in a finalizer or a callback of the garbage collector, of which JAX has one, and in the
-    hook that it tells of that: there the signal is sent again a moment later.
-    """
-    telling = False
-
-    def again() -> None:
-        main = threading.main_thread().ident
-        threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGTERM)).start()
-
-    def dropped(found: Any) -> None:
-        nonlocal telling
-        telling = True
-        if issubclass(found.exc_type, KeyboardInterrupt):
-            again()
-        else:
-            before(found)
-        telling = False
-
-    def stop(number: int, frame: Any) -> None:
-        if telling:
-            again()
-        else:
-            raise KeyboardInterrupt
-
-    before, sys.unraisablehook = sys.unraisablehook, dropped
-    with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
-        signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
 
 
 def _call(name: str, words: list[str]) -> int:

@@ -18,8 +18,9 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, init_expert
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import save_expert
-from trinityx_jax.sections import MeshConfig
+from trinityx_jax.sections import LoggingConfig, MeshConfig
 from trinityx_jax.training import expert_stage, router_stage
+from trinityx_jax.training.loggers import check_loggers
 
 DEVICES = 8
 Stage = Literal["experts", "router"]
@@ -38,6 +39,11 @@ def dry_run(path: str, overrides: Sequence[str], stage: Stage) -> str:
         UserError: as the stage itself; or JAX has begun to use other devices.
     """
     config = load_config(path, overrides, stage)
+    check_loggers(config.logging)
+    if stage == "experts":
+        expert_stage.pending(config)
+    else:
+        router_stage.check_router(config)
     count = virtual_devices(config.mesh)
     backbone = load_backbone(config.model, config.dtype, mesh=config.mesh)
     notes = [f"on {count} virtual devices"]
@@ -47,8 +53,8 @@ def dry_run(path: str, overrides: Sequence[str], stage: Stage) -> str:
             expert_stage.train_experts(begun, backbone)
         else:
             source = config.experts.source or config.out
-            if isinstance(source, str) and source != SCRATCH and not Path(source).exists():
-                notes.append(f"random experts stood in for those of {source}, which is not there yet")
+            if isinstance(source, str) and source != SCRATCH and not _are_there(source, config.experts.names):
+                notes.append(f"random experts stood in for those of {source}, which are not there yet")
                 source = _stand_ins(config, backbone, Path(folder) / "experts")
             experts = begun.experts.model_copy(update={"source": source})
             begun = begun.model_copy(update={"experts": experts})
@@ -83,7 +89,14 @@ def _one_step(config: RunConfig, folder: str) -> RunConfig:
         update={"steps": 1, "evaluate_every": 1 if gamma else None, "patience": None, "experts": None, "anew": False}
     )
     mocae = {**config.mocae, "calibration": "none"}
-    return config.model_copy(update={"out": folder, "train": train, "mocae": mocae})
+    nowhere = {"logging": LoggingConfig(), "profile": None}
+    return config.model_copy(update={"out": folder, "train": train, "mocae": mocae, **nowhere})
+
+
+def _are_there(source: str, names: Sequence[str]) -> bool:
+    """Whether a run or folder holds these experts; False where stage 1 has not made all of them."""
+    folders = [Path(source) / "experts" / name for name in names]
+    return (not (Path(source) / "run.json").exists() and Path(source).exists()) or all(f.exists() for f in folders)
 
 
 def _stand_ins(config: RunConfig, backbone: Backbone, folder: Path) -> str:

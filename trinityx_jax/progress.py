@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 LINE_EVERY = 15.0  # seconds between plain lines
 
@@ -67,3 +69,13 @@ def progress(label: str, total: int, done: int = 0, quiet: bool = False) -> Iter
     bar = _Bar(label, total, done)
     with bar.rich:
         yield bar
+
+
+def process_memory() -> int:
+    """The most bytes that this process had in memory so far."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else []
+    for line in lines:  # Linux: ru_maxrss begins at that of the process which started this one
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -100,6 +100,8 @@ class RunFolder:
     def changed(self, stage: str, settings: Mapping[str, Any], only: Sequence[str] = ()) -> str | None:
         """The first setting that differs from what ``stage`` was begun with, by its path; None where none does.
 
+        A stage that is not done may go on in another dtype.
+
         Args:
             only: the settings that count; all, where none is named.
         """
@@ -107,7 +109,15 @@ class RunFolder:
         if begun is None:
             return None
         kept = {key: value for key, value in begun.items() if key in only} if only else begun
+        if not only and "dtype" in settings and not self._is_done(stage):
+            kept = {**kept, "dtype": settings["dtype"]}
         return _difference(kept, json.loads(json.dumps(settings)))
+
+    def _is_done(self, stage: str) -> bool:
+        """Whether a stage, or an expert's (``experts/NAME``), is."""
+        name, _, expert = stage.partition("/")
+        done = self.done(name)
+        return done is not None and (not expert or expert in done.get("names", []))
 
     def check_settings(self, stage: str, settings: Mapping[str, Any]) -> bool:
         """Whether ``stage`` is done.

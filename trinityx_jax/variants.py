@@ -18,7 +18,6 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.mocae import MoCaEConfig
 from trinityx_jax.runs import one_expert, source_folders
 from trinityx_jax.sections import TEST_ROWS, UNSEEN
-from trinityx_jax.training.settings import SAME_RESULT
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +127,7 @@ def recipe(config: RunConfig) -> dict[str, Any]:
     Only what differs from the defaults, so that a key that is added later leaves what is published as it is.
     """
     dump = functools.partial(BaseModel.model_dump, mode="json", exclude_defaults=True)
-    values = {"train": dump(config.train, exclude={*SAME_RESULT, "anew"}), "system": dump(config.system)}
+    values = {"train": dump(config.train, exclude={"accumulate", "remat", "anew"}), "system": dump(config.system)}
     values["experts"] = dump(config.experts, exclude={"source"})
     values["data"] = {name: dump(data, exclude={"source", "test", *UNSEEN}) for name, data in config.data.items()}
     if config.system.expert not in config.experts.names:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,16 @@ def environment(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "bin").mkdir()
     command(tmp_path / "bin" / "trinityx", f'exec {sys.executable} -m trinityx_jax "$@"')
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    return {**os.environ, **quick, "PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "TRINITYX_WAIT": "0"}
+    path, own = f"{tmp_path / 'bin'}:{os.environ['PATH']}", {"TRINITYX": str(tmp_path / "bin" / "trinityx")}
+    return {
+        **os.environ,
+        **quick,
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(tmp_path),
+        "TRINITYX_WAIT": "0",
+        **own,
+    }
 
 
 def command(path: Path, script: str) -> None:
@@ -39,7 +48,7 @@ def command(path: Path, script: str) -> None:
 
 
 def run(words: list[str], env: dict[str, str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True, check=False, timeout=240)
+    return subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True, check=False, timeout=120)
 
 
 def container() -> dict:
@@ -188,13 +197,19 @@ def test_what_slurm_reads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"), [(0, 0, False), (2, 0, False), (75, 99, True), (139, 3, True), (139, 20, False)]
+    ("code", "before", "requeued"),
+    [(0, "", False), (2, "", False), (75, "139\n" * 30, True), (139, "75\n" * 30, True), (139, "139\n" * 20, False)],
+    ids=["done", "bad input", "stopped", "a crash", "a crash too many"],
 )
 def test_a_slurm_job_queues_up_again(
-    code: int, restarts: int, requeued: bool, scripted: Callable, tmp_path: Path
+    code: int, before: str, requeued: bool, scripted: Callable, tmp_path: Path
 ) -> None:
-    env = scripted(code) | {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "SLURM_SUBMIT_DIR": str(ROOT)}
-    command(tmp_path / "bin" / "srun", '[ "$1" = --kill-on-bad-exit=1 ] && exec "${@:2}"')
+    """Crashes are counted, stops are not. Of two processes, the second ends later, and is not killed by the first."""
+    env = scripted(code, code) | {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "trinityx", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    (tmp_path / "launch").symlink_to(LAUNCH)
+    (tmp_path / "trinityx-7.ends").write_text(before)
+    both = '"${@:2}"; first=$?; [ $first -ne 0 ] && exit $first; "${@:2}"'
+    command(tmp_path / "bin" / "srun", f'[ "$1" = --kill-on-bad-exit=1 ] || exit 1\n{both}')
     command(tmp_path / "bin" / "scontrol", f'echo "$@" > {tmp_path / "scontrol"}')
     spooled = tmp_path / "slurm_script"  # Slurm runs a copy from elsewhere
     spooled.write_text((LAUNCH / "slurm.sbatch").read_text())
@@ -203,7 +218,8 @@ def test_a_slurm_job_queues_up_again(
     assert (tmp_path / "scontrol").exists() == requeued
     if requeued:
         assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
-    assert len(called(tmp_path)) == 1  # Slurm starts all of them again, not each itself
+    assert (tmp_path / "trinityx-7.ends").read_text() == f"{before}{code}\n"
+    assert len(called(tmp_path)) == (2 if code in (0, 75) else 1)  # Slurm starts all of them again, not each itself
     assert called(tmp_path)[0].startswith(f"{' '.join(WORDS)} hosts=auto ")
 
 
@@ -215,6 +231,7 @@ def test_a_tpu_slice_is_installed_started_and_joined_again(scripted: Callable, t
     command(
         tmp_path / "bin" / "gcloud",
         f"""case "$*" in
+        "compute tpus tpu-vm describe slice --zone here") ;;
         "{ssh} "*)
             cd "$HOME"; echo ssh >> {log}
             [ -f broken ] || {{ touch broken; exit 255; }}
@@ -234,6 +251,29 @@ def test_a_tpu_slice_is_installed_started_and_joined_again(scripted: Callable, t
     first, second = called(tmp_path)
     assert first == second and first.startswith(f"{' '.join(WORDS)} --out /a folder hosts=auto libtpu=--xla")
     assert "cannot be reached" in done.stderr and "exit code 134; starts again" in done.stdout
+    elsewhere = run(["bash", "launch/tpu_vm.sh", "slcie", "here", *WORDS], env)
+    assert elsewhere.returncode == 2  # there is no such TPU
+
+
+def test_what_runs_on_a_tpu_slice_is_joined_by_the_same_words_only(environment: dict[str, str], tmp_path: Path) -> None:
+    """It is not installed anew under its feet, and other words are refused."""
+    log, home = tmp_path / "gcloud", tmp_path / "trinityx_jax"
+    command(
+        tmp_path / "bin" / "gcloud",
+        f"""case "$4" in ssh) cd "$HOME"; exec bash -c "${{@: -1}}" ;; scp) cp "$5" "$HOME/trinityx.tar.gz" ;; esac
+        echo "$4" >> {log}""",
+    )
+    home.mkdir()
+    sleeper = subprocess.Popen(["bash", "-c", f"sleep 3; echo finished >> {home}/.log; echo 0 > {home}/.code"])
+    threading.Thread(target=sleeper.wait).start()  # a process that has ended is there until its end is heard
+    (home / ".pid").write_text(f"{sleeper.pid}\n")
+    (home / ".log").write_text("begun\n")
+    (home / ".words").write_text(" ".join(WORDS) + " ")
+    other = run(["bash", "launch/tpu_vm.sh", "slice", "here", *WORDS, "--seed", "1"], environment)
+    assert other.returncode == 2 and f"tpu_vm: {' '.join(WORDS)} runs there" in other.stderr
+    same = run(["bash", "launch/tpu_vm.sh", "slice", "here", *WORDS], environment)
+    assert same.returncode == 0 and same.stdout.split() == ["begun", "finished"]
+    assert not (home / "launch").exists()
 
 
 def test_what_kubernetes_and_kueue_read() -> None:

@@ -26,7 +26,7 @@ from trinityx_jax.training.optimizer import make_optimizer
 from trinityx_jax.training.recorder import MEASURED
 from trinityx_jax.training.state import TrainState, expert_state
 
-ABOUT = {"base": "0" * 64, "experts": ["a", "b", "c"], "rank": 8, "sites": ["gate"]}
+ABOUT = {"base": "0" * 64, "experts": ["a", "b", "c"], "rank": 8, "sites": ["gate"], "guard": "above 0"}
 
 
 def state(step: int) -> TrainState:
@@ -134,6 +134,7 @@ def test_a_state_of_another_shape_is_refused(saved: Path) -> None:
         ({"base": "f" * 64}, "of the base model 000000000000, not ffffffffffff"),
         ({"rank": 16}, "of rank 8, not 16"),
         ({"experts": ["a", "c"]}, "of the experts a, b, c, not a, c"),
+        ({"guard": "0"}, "of train.rollbacks above 0, not 0"),
         ({"sites": ["gate", "up"]}, "of the sites gate, not gate, up"),
     ],
 )
@@ -156,8 +157,9 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     losses = {1: 3.0, 2: 1.5, 3: None, 4: 2.0, 5: None, 6: 1.75, 7: None, 8: 1.25, 9: None, 10: None}
 
     def measured(step: int) -> TrainState:
-        loss = losses[step]
-        value = np.full(3, np.inf if loss is None else loss, np.float32) + np.float32([-0.5, 0, 0.5])
+        """With the newest losses, as training has them between measurements too."""
+        loss = next(found for s in range(step, 0, -1) if (found := losses[s]) is not None)
+        value = np.full(3, loss, np.float32) + np.float32([-0.5, 0, 0.5])
         return dataclasses.replace(state(step), measured=jax.numpy.asarray(value))
 
     kept, best = {}, {}
@@ -165,8 +167,9 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
         checkpoints = Checkpoints(tmp_path / "saved", CheckpointConfig(keep=2), ABOUT)
         if step > 1:
             assert equal(checkpoints.restore(measured(1)), measured(step - 1))
-        best[step] = checkpoints.is_best(measured(step))
-        checkpoints.save(measured(step))
+        now = losses[step] is not None
+        best[step] = checkpoints.is_best(measured(step), now)
+        checkpoints.save(measured(step), measured=now)
         checkpoints.close()
         kept[step] = sorted(int(path.name) for path in (tmp_path / "saved").iterdir())
     assert [step for step, is_best in best.items() if is_best] == [1, 2, 8]
@@ -227,7 +230,6 @@ def test_a_full_disk_and_one_that_cannot_be_written(small_disk: Path) -> None:
     with pytest.raises(UserError, match=r"saved: a checkpoint cannot be written \(No space left on device\)"):
         for step in range(1, 99):
             checkpoints.save(state(step), wait=True)
-    (small_disk / "filler").write_bytes(b"")
     found = Checkpoints(small_disk / "saved", CheckpointConfig(keep=9), ABOUT).restore(state(0))
     newest = int(found.step)
     assert newest >= 1 and equal(found, state(newest))

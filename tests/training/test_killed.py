@@ -80,9 +80,9 @@ def whole(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_three_kills(whole: Path, tiny_config: Path, tmp_path: Path) -> None:
-    """In a step of stage 1; as its last checkpoint is sealed; and, both stages under way, in one of stage 2."""
+    """In a step of stage 1, as a checkpoint is sealed, and in a step of stage 2."""
     words = command(tiny_config, tmp_path / "run")
-    for at in (moment(STEP["experts"], 5, 0.003), moment(SEAL, 2), moment(LOOP, 5, after=True)):
+    for at in (moment(STEP["experts"], 5, 0.003), moment(SEAL, 2), moment(STEP["router"], 5, 0.003)):
         assert live(words, at) == -signal.SIGKILL
     assert live(words) == 0
     the_same(tmp_path / "run", whole)

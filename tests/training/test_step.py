@@ -24,7 +24,7 @@ from trinityx_jax.sections import TrainConfig
 from trinityx_jax.training import loss as loss_module
 from trinityx_jax.training.loss import sum_by_group, supervised_nll
 from trinityx_jax.training.optimizer import expert_norms, learning_rate, make_optimizer
-from trinityx_jax.training.state import expert_state, guarded, router_state, update_experts
+from trinityx_jax.training.state import expert_state, finite_update, router_state, update_experts
 from trinityx_jax.training.step import (
     expert_gradients,
     expert_step,
@@ -334,7 +334,7 @@ def test_one_expert_s_update_is_optax_s_clipped_adamw_and_only_weights_decay() -
     own = optimizer.init(params)
     for step in range(3):
         grads = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), jnp.float32), params)
-        ours, own, _ = guarded(train, optimizer, ours, own, grads, jnp.ones(()), jnp.asarray(step), 5)
+        ours, own, _ = finite_update(train, optimizer, ours, own, grads, jnp.ones(()), jnp.asarray(step), 5)
         updates, other = peer.update(grads, other, theirs)
         theirs = optax.apply_updates(theirs, updates)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), ours, theirs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,16 @@ HOSTS = "TRINITYX_HOSTS"  # "auto": JAX finds the other hosts by the launcher (S
 ADDRESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
+class HostsMissing(Exception):
+    """The others did not come; they may the next time. The command line exits with 75."""
+
+
 def join_hosts() -> None:
     """Join the other hosts' processes where the environment says that there are some; once, before any array.
 
     Raises:
-        UserError: the environment says so in part, or the others are not found.
+        UserError: the environment says so in part, or no launcher is found.
+        HostsMissing: the others are not there.
     """
     given = [name for name in ADDRESS if os.environ.get(name)]
     asked = os.environ.get(HOSTS)
@@ -38,10 +44,21 @@ def join_hosts() -> None:
             jax.distributed.initialize(os.environ[ADDRESS[0]], count, index)
         else:
             jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise UserError(f"the other hosts cannot be joined ({str(error).splitlines()[0]})") from error
+    except RuntimeError as error:  # they are late, or gone
+        raise HostsMissing(f"the other hosts cannot be joined ({str(error).splitlines()[0]})") from error
+    if _alone_on_host():  # under Slurm JAX takes one device a process
+        for kind in ("cuda", "rocm"):
+            jax.config.update(f"jax_{kind}_visible_devices", "all")
     if not is_first():
         logging.getLogger().setLevel(logging.ERROR)  # the first says it
+
+
+def _alone_on_host() -> bool:
+    """Whether Slurm started one process a machine, which is to take all of its devices."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return bool(re.fullmatch(r"1(\(x\d+\))?", tasks)) and "JAX_LOCAL_DEVICE_IDS" not in os.environ
 
 
 def is_first() -> bool:

@@ -26,7 +26,13 @@ from trinityx_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 SEAL = "trinityx-files.json"  # of a checkpoint: a digest of each of its files, and what it is of
-ABOUT = {"base": "the base model", "experts": "the experts", "rank": "rank", "sites": "the sites"}
+ABOUT = {
+    "base": "the base model",
+    "experts": "the experts",
+    "rank": "rank",
+    "sites": "the sites",
+    "guard": "train.rollbacks",
+}
 LATER = {SEAL, "_CHECKPOINT_METADATA", "commit_success.txt"}  # that orbax writes as it moves a checkpoint into place
 BEST = "validation"  # what the best checkpoint has the lowest of
 DAMAGED = "damaged-"  # checkpoints that are not whole are kept beside the others under this name
@@ -107,21 +113,23 @@ class Checkpoints:
             with self._writing():
                 os.replace(self.folder / str(step), target)
 
-    def is_best(self, state: TrainState) -> bool:
-        """Whether its validation losses are lower, on average, than those of every checkpoint that is there."""
-        found = _measured(state)
+    def is_best(self, state: TrainState, measured: bool = True) -> bool:
+        """Whether its validation losses are of this step and lower, on average, than those of every checkpoint."""
+        found = _measured(state) if measured else None
         return found is not None and found < self._best
 
-    def save(self, state: TrainState, wait: bool = False) -> None:
+    def save(self, state: TrainState, wait: bool = False, measured: bool = False) -> None:
         """Write the state under its step, in the background unless ``wait``.
+
+        Args:
+            measured: whether its validation losses are of this very step; others do not make it the best.
 
         Raises:
             UserError: it cannot be written.
         """
         with self._writing():
             if self._manager.latest_step() != int(state.step):
-                found = _measured(state)
-                metrics = None
+                found, metrics = _measured(state) if measured else None, None
                 if found is not None:
                     metrics, self._best = {BEST: found}, min(found, self._best)
                 self._manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=metrics, force=True)

@@ -31,7 +31,7 @@ from trinityx_jax.training.loggers import check_loggers
 from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.programs import ExpertProgram
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
-from trinityx_jax.training.settings import SAME_RESULT, STAGE_2, data_settings
+from trinityx_jax.training.settings import MAY_CHANGE, STAGE_2, data_settings, guard_of
 from trinityx_jax.training.state import TrainState, after_validation
 from trinityx_jax.training.step import experts_of, with_trained
 from trinityx_jax.training.validation import held_out_sums, mean_losses
@@ -43,9 +43,9 @@ def expert_settings(config: RunConfig, name: str) -> dict[str, Any]:
     """What decides the expert that comes out; how it is trained beside others does not."""
     values = config.model_dump(mode="json", by_alias=True)
     experts = {key: values["experts"][key] for key in ("rank", "alpha", "dropout", "sites")}
-    other = {*SAME_RESULT, *STAGE_2, "mode", "experts"}
+    other = {*MAY_CHANGE, *STAGE_2, "mode", "experts"}
     train = {key: value for key, value in values["train"].items() if key not in other}
-    shared = {key: values[key] for key in ("model", "seed")}
+    shared = {key: values[key] for key in ("model", "seed", "dtype")}
     return {**shared, "experts": experts, "train": train, **data_settings(config, config.parts(name))}
 
 
@@ -146,7 +146,7 @@ def _begin(run: RunFolder, name: str, settings: dict[str, Any]) -> None:
 
 def _checkpoints(run: RunFolder, settings: Mapping[str, dict[str, Any]]) -> Path:
     """Where the state of experts is saved: in this order, with these settings, or it is not found."""
-    whose = json.dumps(list(settings.items()))
+    whose = json.dumps([(name, {k: v for k, v in own.items() if k != "dtype"}) for name, own in settings.items()])
     return run.path / "checkpoints" / f"experts-{zlib.crc32(whose.encode()):08x}"
 
 
@@ -202,6 +202,7 @@ class _Group:
         """The group's experts, from the newest checkpoint in ``folder`` on."""
         e = self.config.experts
         about = {"base": self.backbone.fingerprint, "experts": self.names, "rank": e.rank, "sites": e.sites}
+        about["guard"] = guard_of(self.config)
         state = run_steps(
             self.start(), self, max(self.totals.values()), self.config, stage=self.label, folder=folder, about=about,
             mesh=self.mesh, split=self.program.split,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from trinityx_jax.errors import UserError
+from trinityx_jax.files import read_json, write_json
 from trinityx_jax.sections import LoggingConfig
 
 log = logging.getLogger(__name__)
@@ -53,9 +54,14 @@ def open_sinks(
     return found
 
 
-def run_id(run: Path, stage: str) -> str:
-    """The same for the same run folder and stage, so that a run which goes on is one run there."""
-    return hashlib.sha256(f"{run}\n{stage}".encode()).hexdigest()[:16]
+def run_id(run: Path, stage: str, restored: int) -> str:
+    """Drawn as a stage begins and kept in the run folder, so that a run which goes on is one run there."""
+    path = run / "loggers.json"
+    known = read_json(path) if path.exists() else {}
+    if restored == 0 or stage not in known:
+        known[stage] = uuid.uuid4().hex[:16]
+        write_json(path, known)
+    return str(known[stage])
 
 
 class _TensorBoard:
@@ -77,8 +83,8 @@ class _Wandb:
         import wandb
 
         self._run = wandb.init(
-            project=project, name=f"{run.name}/{stage}", group=run.name, id=run_id(run, stage), resume="allow",
-            dir=str(run), config=dict(config),
+            project=project, name=f"{run.name}/{stage}", group=run.name, id=run_id(run, stage, restored),
+            resume="allow", dir=str(run), config=dict(config),
         )  # fmt: skip
         self._run.define_metric("*", step_metric="step")
 
@@ -93,7 +99,7 @@ class _Trackio:
     def __init__(self, project: str, run: Path, stage: str, restored: int, config: Mapping[str, Any]):
         import trackio
 
-        name = f"{run.name}/{stage}-{run_id(run, stage)[:6]}"
+        name = f"{run.name}/{stage}-{run_id(run, stage, restored)[:6]}"
         self._run = trackio.init(project=project, name=name, group=run.name, resume="allow", config=dict(config))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

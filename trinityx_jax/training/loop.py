@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.recorder import Recorder
 from trinityx_jax.training.state import TrainState
 from trinityx_jax.training.work import Work
+
+log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
@@ -67,8 +70,8 @@ def run_steps(
     checkpoints = Checkpoints(folder, config.checkpoint, about)
     state = checkpoints.restore(state)
     index = int(state.step)
+    trace = _Trace(config, total, index)
     recorder = Recorder(config, work, stage, index)
-    trace = _Trace(config)
     try:
         with progress(stage, total, index, quiet=not is_first()) as bar, stop_on_signals() as signals, on_mesh(mesh):
             while index < total and (names := work.active(state)):
@@ -86,15 +89,13 @@ def run_steps(
                         with recorder.pause():
                             state, values = work.validate(state, names)
                     stopping = stop_is_agreed(index, bool(signals))  # once: what comes later is for the next step
-                    saving = stopping or index % checkpoints.every == 0 or index == total
-                    saving = saving or (bool(values) and checkpoints.is_best(state))
-                    if saving or values:
+                    due = index % checkpoints.every == 0 or index == total or checkpoints.is_best(state, bool(values))
+                    if stopping or due or values:
                         recorder.flush(bar, values)
-                    if saving:
-                        checkpoints.save(state, wait=stopping)
+                    if stopping or due:
+                        checkpoints.save(state, wait=stopping, measured=bool(values))
                     if stopping:
-                        by = f"signal {signals[0]}" if signals else "a signal"
-                        raise Stopped(f"{stage}: stopped by {by} after step {index}; run again to go on")
+                        raise Stopped(f"{stage}: stopped by {_by(signals)} after step {index}; run again to go on")
             recorder.flush(bar)
             checkpoints.save(state)  # early stopping ends between checkpoints
     except BaseException:
@@ -106,6 +107,10 @@ def run_steps(
         recorder.close()
     checkpoints.close()
     return state
+
+
+def _by(signals: Sequence[int]) -> str:
+    return f"signal {signals[0]}" if signals else "a signal"
 
 
 def _placed_ahead(batches: Iterator[Batch], mesh: Mesh, split: Split) -> Iterator[tuple[Batch, dict[str, jax.Array]]]:
@@ -121,29 +126,39 @@ def _placed_ahead(batches: Iterator[Batch], mesh: Mesh, split: Split) -> Iterato
 
 
 class _Trace:
-    """The profiler's trace of the steps that ``profile`` names, in the run's ``profile`` folder."""
+    """The profiler's trace of the steps that ``profile`` names, in the run's ``profile`` folder.
 
-    def __init__(self, config: RunConfig):
+    Raises:
+        UserError: they come after the last step.
+    """
+
+    def __init__(self, config: RunConfig, total: int, restored: int):
         self.first, self.last = config.profiled()
         self.folder = Path(config.out) / "profile"
-        self._running = False
+        self._begun: int | None = None
+        self._done = 0
+        if self.first > total:
+            raise UserError(f"profile: {config.profile} begins after the last step, {total}")
+        if 0 < self.last <= restored:
+            log.warning("profile: %s were done before; nothing is traced", config.profile)
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        if number == self.first:
+        if self._begun is None and self.first <= number <= self.last:
             jax.profiler.start_trace(str(self.folder))
-            self._running = True
+            self._begun = number
         with jax.profiler.StepTraceAnnotation("step", step_num=number):
             yield
 
     def end(self, number: int, metrics: object) -> None:
-        if self._running and number >= self.last:
+        self._done = number
+        if self._begun is not None and number == self.last:
             jax.block_until_ready(metrics)
             self.close()
 
     def close(self) -> None:
-        if self._running:
-            self._running = False
+        if self._begun is not None:
             jax.profiler.stop_trace()
             if is_first():
-                print(f"wrote {self.folder}: a trace of steps {self.first} to {self.last}")
+                print(f"wrote {self.folder}: a trace of steps {self._begun} to {self._done}")
+            self._begun, self.last = None, 0

@@ -18,9 +18,9 @@ from trinityx_jax.config import RunConfig
 from trinityx_jax.data.batching import Batch
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import write_text
-from trinityx_jax.parallel.chips import GIB, chip_of, memory_in_use
-from trinityx_jax.parallel.multihost import is_first
-from trinityx_jax.progress import Progress
+from trinityx_jax.parallel.chips import GIB, peak_flops
+from trinityx_jax.parallel.multihost import on_first
+from trinityx_jax.progress import Progress, process_memory
 from trinityx_jax.training.loggers import Sink, open_sinks
 from trinityx_jax.training.work import Work
 
@@ -29,19 +29,16 @@ MEASURED = ("tokens_per_second", "mfu", "memory")  # of a line, what depends on 
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one flushed line a step, by the first host; on resume, lines past the restored step go."""
+    """``metrics.jsonl``: one flushed line a step; on resume, lines past the restored step go."""
 
     def __init__(self, path: Path, stage: str, restored: int, names: Iterable[str]):
         self.stage, self.names = stage, set(names)
-        self._file: TextIO | None = None
-        if not is_first():
-            return
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             lines = path.read_bytes().decode("utf-8", "replace").splitlines()
             kept = [line for line in lines if self._keep(line, restored)]
             write_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file: TextIO = path.open("a", encoding="utf-8")
 
     def _keep(self, line: str, restored: int) -> bool:
         try:
@@ -55,17 +52,15 @@ class MetricsLog:
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line."""
-        if self._file is not None:
-            self._file.write(json.dumps({"stage": self.stage, **entry}) + "\n")
-            self._file.flush()
+        self._file.write(json.dumps({"stage": self.stage, **entry}) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 class Recorder:
-    """Writes the step before the one that runs, so that the device never waits for it.
+    """Writes the step before the one that runs, so that the device never waits for it; the first host alone writes.
 
     Raises:
         UserError: a logger of ``logging`` cannot be had.
@@ -75,15 +70,17 @@ class Recorder:
         self.work, self.stage, self.limits = work, stage, config.train
         self.pending: tuple[int, Any, Batch, tuple[str, ...]] | None = None
         self._last = time.monotonic()
-        run = Path(config.out)
-        self._log = MetricsLog(run / "metrics.jsonl", stage, restored, work.names)
+        self._log: MetricsLog | None = None
         self._sinks: dict[str, Sink] = {}
-        if is_first():
-            shown = config.model_dump(mode="json", by_alias=True)
-            self._sinks = open_sinks(config.logging, run, stage, restored, shown)
+        on_first(self._open, config, restored)
         self._device = jax.local_devices()[0]
-        chip = chip_of(self._device)
-        self._peak = None if chip is None else chip.flops * jax.device_count()
+        peak = peak_flops(self._device)
+        self._peak = None if peak is None else peak * jax.device_count()
+
+    def _open(self, config: RunConfig, restored: int) -> None:
+        run, shown = Path(config.out), config.model_dump(mode="json", by_alias=True)
+        self._sinks = open_sinks(config.logging, run, self.stage, restored, shown)
+        self._log = MetricsLog(run / "metrics.jsonl", self.stage, restored, self.work.names)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -93,7 +90,8 @@ class Recorder:
         self._last += time.monotonic() - began
 
     def close(self) -> None:
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
         for name, sink in self._sinks.items():
             _tried(name, sink.close)
 
@@ -112,9 +110,10 @@ class Recorder:
         back = _gone_back(metrics, names)
         found = {**self.work.describe(metrics, names), **back, **(values or {})}
         numbers = {k: v if math.isfinite(v) else None for k, v in found.items()}
-        self._log.write({"step": step, **numbers, "tokens": batch.token_count, **machine})
+        if self._log is not None:
+            self._log.write({"step": step, **numbers, "tokens": batch.token_count, **machine})
         self._to_sinks(step, {**numbers, **machine})
-        bar.advance(_note(found["loss"], machine, memory_in_use(self._device)))
+        bar.advance(_note(found["loss"], machine, machine.get("memory", process_memory())))
         for key, origin in back.items():
             who = key.removeprefix("rolled_back").lstrip("/") or self.stage
             log.warning(
@@ -169,7 +168,7 @@ def _gone_back(metrics: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, 
     return {f"rolled_back/{n}": int(origin) for n, origin in zip(names, found, strict=True) if origin >= 0}
 
 
-def _note(loss: float, machine: Mapping[str, float], memory: int) -> str:
+def _note(loss: float, machine: Mapping[str, float], memory: float) -> str:
     """Beside the bar."""
     parts = [f"loss {loss:.3f}", f"{machine['tokens_per_second']:,.0f} tokens/s"]
     if "mfu" in machine:

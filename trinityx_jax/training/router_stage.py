@@ -45,7 +45,7 @@ from trinityx_jax.training.loop import run_steps
 from trinityx_jax.training.programs import RouterProgram, router_start
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
 from trinityx_jax.training.seen import warn_of_calibration
-from trinityx_jax.training.settings import SAME_RESULT, data_settings
+from trinityx_jax.training.settings import MAY_CHANGE, data_settings, guard_of
 from trinityx_jax.training.state import TrainState
 from trinityx_jax.training.step import after_stage_2, trained_experts
 from trinityx_jax.training.validation import held_out_sums, mean_losses
@@ -58,7 +58,6 @@ UNREPEATED = {
     "data",
     "system",
     "mesh",
-    "dtype",
     "logging",
     "profile",
 }  # sections that do not change what the stage computes
@@ -67,7 +66,7 @@ TOLD = ("streak", "skipped", "back_to", "diverged")  # metrics that are told apa
 
 def router_settings(config: RunConfig) -> dict[str, Any]:
     """What of the configuration decides the router that comes out."""
-    values = config.model_dump(mode="json", by_alias=True, exclude={"train": {*SAME_RESULT, "anew"}})
+    values = config.model_dump(mode="json", by_alias=True, exclude={"train": {*MAY_CHANGE, "anew"}})
     kept = {key: value for key, value in values.items() if key not in UNREPEATED}
     kept["weights"] = _digests(config)
     kept["mocae"] = dataclasses.asdict(config.mocae_config())
@@ -133,9 +132,10 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
     if mocae.routing != "uniform":
         rows = load_training_rows(config, backbone, together=True)
         warn_of_calibration(config)
-    elif config.model_fields_set & {"train", "checkpoint"}:
+    elif config.model_fields_set & {"train", "checkpoint", "logging", "profile"}:
         log.warning(
-            "%s: routing is uniform: nothing is trained; only seq_len of train, and nothing of checkpoint, matters",
+            "%s: routing is uniform: nothing is trained; only seq_len of train, and nothing of checkpoint, logging and "
+            "profile, matters",
             run.path,
         )
     on_first(_open, config, backbone, run, own, rows is None)
@@ -281,9 +281,10 @@ class _Stage:
         """The trained router and its stacked experts, from the newest checkpoint on."""
         rank = next(iter(self.experts.values()))["a"].shape[-1]
         about = {"base": self.backbone.fingerprint, "experts": list(self.router.names), "rank": rank}
+        about |= {"sites": list(self.experts), "guard": guard_of(self.config)}
         state = run_steps(
             self.start(), self, self.total, self.config, stage="router", folder=run.path / "checkpoints" / "router",
-            about={**about, "sites": list(self.experts)}, mesh=self.mesh, split=self.program.split,
+            about=about, mesh=self.mesh, split=self.program.split,
         )  # fmt: skip
         if int(state.skipped) >= int(state.step):
             raise UserError("router: no step had a finite loss, gradient and result; nothing was learned")

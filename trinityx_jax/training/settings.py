@@ -10,8 +10,13 @@ from trinityx_jax.data import sources
 from trinityx_jax.sections import UNSEEN
 
 STAGE_2 = ("experts_learning_rate", "anew")  # keys of ``train`` that stage 1 has no use for
-# keys of ``train`` that may change while a stage is under way
-SAME_RESULT = ("accumulate", "remat", "max_skipped", "spike", "rollbacks")
+# keys of ``train`` that may change while a stage is under way; the last three matter where it diverges
+MAY_CHANGE = ("accumulate", "remat", "max_skipped", "spike", "rollbacks")
+
+
+def guard_of(config: RunConfig) -> str:
+    """Whether a state has a guard, as a checkpoint says it."""
+    return "above 0" if config.train.rollbacks else "0"
 
 
 def data_settings(config: RunConfig, parts: Iterable[str]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def router_state(
 
 
 @jax.named_scope("optimizer")
-def guarded(
+def finite_update(
     train: TrainConfig,
     optimizer: optax.GradientTransformation,
     params: Trained,
@@ -142,7 +142,7 @@ def _one(
     every: int,
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """One expert's part of a state, and what happened to it."""
-    *leaves, fine = guarded(train, optimizer, own["params"], own["opt_state"], grads, loss, step, total)
+    *leaves, fine = finite_update(train, optimizer, own["params"], own["opt_state"], grads, loss, step, total)
     streak, guard = jnp.where(fine, 0, own["streak"] + 1), own["guard"]
     happened: dict[str, jax.Array] = {}
     if guard is not None:
@@ -163,7 +163,7 @@ def update_router(
     every: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of stage 2, and what happened, as ``update_experts``; gamma stays positive weights that sum to one."""
-    params, opt_state, fine = guarded(
+    params, opt_state, fine = finite_update(
         train, optimizer, state.params, state.opt_state, grads, loss, state.step, total
     )  # fmt: skip
     if "gamma" in params:
