@@ -264,11 +264,11 @@ def test_a_signal_saves_and_resuming_is_exact(
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-@pytest.mark.parametrize("place", ["collector", "weakref", "finalizer", "hook"])
+@pytest.mark.parametrize("place", ["collector", "weakref", "finalizer", "hook", "call"])
 def test_a_signal_where_python_drops_exceptions_stops_all_the_same(place: str, monkeypatch) -> None:
     class Thing:
         def __del__(self) -> None:
-            if place in ("finalizer", "hook"):
+            if place in ("finalizer", "hook", "call"):
                 kill()
 
     def kill(*about) -> None:
@@ -277,15 +277,24 @@ def test_a_signal_where_python_drops_exceptions_stops_all_the_same(place: str, m
             for _ in range(1000):
                 pass
 
-    class AtOnce(threading.Timer):
+    thread, send = threading.Thread, signal.pthread_kill
+
+    class AtOnce(thread):
         """The moment has passed before the hook is left, as on a busy machine."""
 
         def start(self) -> None:
-            monkeypatch.setattr(threading, "Timer", self.__class__.__base__)
+            monkeypatch.setattr(threading, "Thread", thread)
             kill()
+            super().start()
+
+    def too_soon(*about) -> None:
+        """It comes after the last look at signals, before the call that it should end."""
+        monkeypatch.setattr(signal, "pthread_kill", send)
 
     if place == "hook":
-        monkeypatch.setattr(threading, "Timer", AtOnce)
+        monkeypatch.setattr(threading, "Thread", AtOnce)
+    if place == "call":
+        monkeypatch.setattr(signal, "pthread_kill", too_soon)
 
     def work() -> int:
         thing = Thing()

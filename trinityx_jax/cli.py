@@ -1,7 +1,7 @@
 """The ``trinityx`` command: parse, call one function, print.
 
 Exit codes: 0 done; 1 ran and the answer is no; 2 bad input or environment; 75 stopped by a signal
-after saving, run again to go on.
+after saving, or the other hosts did not come: run again to go on.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ def dry_run(path: str, overrides: Sequence[str], stage: Stage) -> str:
         expert_stage.pending(config)
     else:
         router_stage.check_router(config)
+        router_stage.router_done(config)
     count = virtual_devices(config.mesh)
     backbone = load_backbone(config.model, config.dtype, mesh=config.mesh)
     notes = [f"on {count} virtual devices"]

@@ -6,42 +6,71 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
+
+AT_ONCE, AGAIN, ONE = 0.01, 0.05, 1.0  # seconds: before a lost signal is sent again, and again; that count as one
+
+
+class _Sigterm:
+    """Raises KeyboardInterrupt, once for signals in a row.
+
+    Python drops what is raised in a finalizer, in a callback of the garbage collector, of which JAX has one, and in the
+    hook that it tells of that: the signal is sent again then, and until it is heard, for one that comes between the
+    last look at signals and a system call does not end that call.
+    """
+
+    def __init__(self) -> None:
+        self._telling = False
+        self._raised = -ONE
+        self._heard = threading.Event()
+        self._before = sys.unraisablehook
+
+    def stop(self, number: int, frame: Any) -> None:
+        """The signal's handler."""
+        self._heard.set()
+        if self._telling:
+            self._again()
+        elif time.monotonic() - self._raised >= ONE:
+            self._raised = time.monotonic()
+            raise KeyboardInterrupt
+
+    def dropped(self, found: Any) -> None:
+        """The hook that Python calls with what it drops."""
+        self._telling = True
+        if issubclass(found.exc_type, KeyboardInterrupt):
+            self._raised = -ONE
+            self._again()
+        else:
+            self._before(found)
+        self._telling = False
+
+    def _again(self) -> None:
+        self._heard.clear()
+        threading.Thread(target=self._insist, daemon=True).start()
+
+    def _insist(self) -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        seconds = AT_ONCE
+        while not self._heard.wait(seconds):
+            signal.pthread_kill(main, signal.SIGTERM)
+            seconds = AGAIN
+
+    def leave(self) -> None:
+        self._heard.set()
+        sys.unraisablehook = self._before
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, so that cleanups run.
-
-    Python drops what is raised in a finalizer or a callback of the garbage collector, of which JAX has one, and in the
-    hook that it tells of that: there the signal is sent again a moment later.
-    """
-    telling = False
-
-    def again() -> None:
-        main = threading.main_thread().ident
-        threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGTERM)).start()
-
-    def dropped(found: Any) -> None:
-        nonlocal telling
-        telling = True
-        if issubclass(found.exc_type, KeyboardInterrupt):
-            again()
-        else:
-            before(found)
-        telling = False
-
-    def stop(number: int, frame: Any) -> None:
-        if telling:
-            again()
-        else:
-            raise KeyboardInterrupt
-
-    before, sys.unraisablehook = sys.unraisablehook, dropped
+    """Within, SIGTERM raises KeyboardInterrupt, so that cleanups run."""
+    sigterm = _Sigterm()
+    sys.unraisablehook = sigterm.dropped
     with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
-        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGTERM, sigterm.stop)
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        sigterm.leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.config import RunConfig
+from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import init_expert
 from trinityx_jax.parallel.sharding import put_batch
@@ -108,3 +110,22 @@ def test_steps_that_are_not_finite_change_nothing_and_many_stop_with_their_rows(
         for leaf in ("a", "b"):
             moved = np.any(np.asarray(state.params[site][leaf]) != begun[site][leaf], axis=(0, 2, 3))
             assert moved.tolist() == [True, True, False] if leaf == "b" else not moved[2]
+
+
+def test_what_was_interrupted_goes_on_in_another_dtype_and_what_is_done_does_not(
+    backbone: Backbone, configure: Any, tiny_model: Path, interrupted: Any, caplog: pytest.LogCaptureFixture, far: Any
+) -> None:
+    whole = train_experts(configure("whole", ("helpful",), train={"steps": 6}), backbone)
+    config = configure("run", ("helpful",), train={"steps": 6})
+    with interrupted(3):
+        train_experts(config, backbone)
+    half = load_backbone(str(tiny_model), "bfloat16")
+    other = config.model_copy(update={"dtype": "bfloat16"})
+    with caplog.at_level(logging.WARNING):
+        found = train_experts(other, half)
+    assert "was begun in float32, and goes on in bfloat16" in caplog.text
+    assert [line["step"] for line in lines(Path(config.out))] == [1, 2, 3, 4, 5, 6]
+    assert found["helpful"].sites["gate"]["a"].dtype == "float32"
+    assert 0 < far(found["helpful"], whole["helpful"]) < 0.2
+    with pytest.raises(UserError, match=r"'helpful' was begun with other settings \(dtype\)"):
+        expert_stage.pending(config)

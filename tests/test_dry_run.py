@@ -1,0 +1,57 @@
+"""A dry run does what the command does, and nothing stays. (That it is the launch scripts' own: tests/launch.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from trinityx_jax import cli, dry_run
+from trinityx_jax.sections import MeshConfig
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch, quick_compilation: None) -> None:
+    """On this process's one device."""
+    monkeypatch.setattr(dry_run, "virtual_devices", lambda mesh: 1)
+
+
+@pytest.fixture
+def files(tiny_config: Path) -> Any:
+    folder = tiny_config.parent
+    return lambda: {p: p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_both_stages_leave_a_run_as_it_is(tiny_run: Path, tiny_config: Path, files: Any, capsys: Any) -> None:
+    before = files()
+    assert cli.main(["train-experts", str(tiny_config), "--dry-run", "--logging.wandb", "nobody"]) == 0
+    assert "dry run of stage 'experts'" in capsys.readouterr().out
+    assert cli.main(["train-router", "--dry-run", str(tiny_config.with_name("router.yaml")), "--profile", "1:1"]) == 0
+    said = capsys.readouterr().out
+    assert "dry run of stage 'router'" in said and "stood in" not in said
+    assert files() == before
+
+
+def test_what_the_command_refuses_is_refused(tiny_run: Path, tiny_config: Path, capsys: Any) -> None:
+    assert cli.main(["train-experts", str(tiny_config), "--dry-run", "--train.steps", "9"]) == 2
+    assert "other settings (train.steps)" in capsys.readouterr().err
+    assert cli.main(["train-router", str(tiny_config.with_name("router.yaml")), "--dry-run", "--train.steps", "9"]) == 2
+    assert "other settings (train.steps)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mesh", "count"),
+    [
+        ({}, 8), ({"tensor": 4}, 8), ({"tensor": 3}, 9), ({"data": 2, "fsdp": 2}, 4), ({"fsdp": 16}, 16),
+        ({"data": 1, "fsdp": 1}, 1),
+    ],
+)  # fmt: skip
+def test_as_many_devices_as_the_mesh_takes(mesh: dict[str, int], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(jax.config, "update", told.__setitem__)
+    monkeypatch.setattr(jax, "device_count", lambda: told["jax_num_cpu_devices"])
+    assert dry_run.virtual_devices(MeshConfig(**mesh)) == count
+    assert told == {"jax_platforms": "cpu", "jax_num_cpu_devices": count}
