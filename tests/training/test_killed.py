@@ -16,7 +16,7 @@ import pytest
 
 from trinityx_jax.training.recorder import MEASURED
 
-DATA, LOOP = "trinityx_jax.data.batching:TrainingBatches.batch", "trinityx_jax.training.recorder:MetricsLog.write"
+DATA = "trinityx_jax.data.batching:TrainingBatches.batch"
 STEP = {
     "experts": "trinityx_jax.training.expert_stage:_Group.step",
     "router": "trinityx_jax.training.router_stage:_Stage.step",
@@ -39,11 +39,11 @@ def command(config: Path, out: Path) -> list[str]:
     return ["train-experts", str(config), *flags, *early, "then", *router]
 
 
-def live(words: Sequence[str], at: dict[str, Any] | None = None) -> int:
-    """One life; returns its exit code, -9 where it was killed."""
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+def live(words: Sequence[str], at: dict[str, Any] | None = None, quick: bool = True) -> int:
+    """One life; returns its exit code, -9 where it was killed. Programs are compiled ``quick``, or as users' are."""
+    own = {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick)), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     script = [sys.executable, str(Path(__file__).with_name("killed.py")), "never" if at is None else json.dumps(at)]
-    done = subprocess.run([*script, *words], env={**os.environ, **quick}, capture_output=True, text=True, check=False)
+    done = subprocess.run([*script, *words], env={**os.environ, **own}, capture_output=True, text=True, check=False)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr[-4000:]
     return done.returncode
 
@@ -107,16 +107,18 @@ def moments(seed: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_twenty_kills(whole: Path, tiny_config: Path, tmp_path: Path) -> None:
+def test_twenty_kills(tiny_config: Path, tmp_path: Path) -> None:
     """Until twenty have struck; a run that is done before begins anew in another folder."""
+    whole = tmp_path / "whole"
+    assert live(command(tiny_config, whole), quick=False) == 0
     kills, planned = 0, iter([at for seed in range(9) for at in moments(seed)])
     for number in range(40):
         out = tmp_path / f"run{number}"
         words = command(tiny_config, out)
-        while kills < 20 and live(words, at := next(planned)) == -signal.SIGKILL:
+        while kills < 20 and live(words, at := next(planned), quick=False) == -signal.SIGKILL:
             kills += 1
             print(f"killed at {at}")
-        assert live(words) == 0
+        assert live(words, quick=False) == 0
         the_same(out, whole)
         if kills == 20:
             break
