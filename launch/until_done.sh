@@ -16,6 +16,10 @@ words=("$@")
 if [ "$1" = --dry-run ]; then # may stand first
     words=("${@:2}" --dry-run)
 fi
+command -v "$trinityx" >/dev/null || { echo "until_done: $trinityx is not installed (pip install -e .)" >&2 && exit 2; }
+for number in "${TRINITYX_RESTARTS:-20}" "${TRINITYX_WAIT:-10}"; do
+    [[ $number =~ ^[0-9]+$ ]] || { echo "until_done: $number is no whole number (TRINITYX_RESTARTS, TRINITYX_WAIT)" >&2 && exit 2; }
+done
 child='' stopped=''
 stop() {
     stopped=yes

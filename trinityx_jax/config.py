@@ -102,10 +102,10 @@ class RunConfig(Section):
             raise ValueError(f"train.evaluate_every: data.{without[0]}.validation is needed, a share to measure on")
         return self
 
-    @pydantic.field_validator("profile")
+    @pydantic.field_validator("profile", mode="before")
     @classmethod
-    def _steps(cls, text: str | None) -> str | None:
-        found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text or "1:1")
+    def _steps(cls, text: Any) -> Any:
+        found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", "1:1" if text is None else str(text))
         if found is None or not 1 <= int(found[1]) <= int(found[2]):
             raise ValueError("expected the first step and the last, such as 10:15")
         return text

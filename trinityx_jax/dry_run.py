@@ -22,7 +22,7 @@ from trinityx_jax.sections import LoggingConfig, MeshConfig
 from trinityx_jax.training import expert_stage, router_stage
 from trinityx_jax.training.loggers import check_loggers
 
-DEVICES = 8
+DEVICES, MOST_DEVICES = 8, 512
 Stage = Literal["experts", "router"]
 
 
@@ -40,6 +40,8 @@ def dry_run(path: str, overrides: Sequence[str], stage: Stage) -> str:
     """
     config = load_config(path, overrides, stage)
     check_loggers(config.logging)
+    if Path(config.out).exists() and not Path(config.out).is_dir():
+        raise UserError(f"{config.out}: is a file, a run folder is to be there")
     if stage == "experts":
         expert_stage.pending(config)
     else:
@@ -73,6 +75,8 @@ def virtual_devices(mesh: MeshConfig) -> int:
     """
     fixed = math.prod(n for n in (mesh.data, mesh.fsdp, mesh.tensor, mesh.expert) if isinstance(n, int))
     count = fixed if isinstance(mesh.data, int) and isinstance(mesh.fsdp, int) else fixed * -(-DEVICES // fixed)
+    if count > MOST_DEVICES:
+        raise UserError(f"--dry-run: the mesh takes {count} devices; more than {MOST_DEVICES} are not tried here")
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)

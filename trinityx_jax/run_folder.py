@@ -150,18 +150,18 @@ class RunFolder:
         if not self.metrics_path.exists():
             return []
         lines = self.metrics_path.read_bytes().decode("utf-8", "replace").splitlines()
-        found = [_entry(line) for line in lines if line.strip()]
+        found = [metrics_entry(line) for line in lines if line.strip()]
         damaged = sum(line is None for line in found[:-1])  # the last may be one that is being written
         if damaged:
             log.warning("%s: %d of %d lines are damaged, and are left out", self.metrics_path, damaged, len(found))
         return [line for line in found if line is not None]
 
 
-def _entry(line: str) -> dict[str, Any] | None:
+def metrics_entry(line: str) -> dict[str, Any] | None:
     """A line of ``metrics.jsonl``; None where it is not a whole one."""
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     numbers = ("step", "tokens", "tokens_per_second")
     if not isinstance(found, dict) or any(type(found.get(key, 0)) not in (int, float) for key in numbers):

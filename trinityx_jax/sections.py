@@ -175,8 +175,8 @@ class TrainConfig(Section):
     packing: bool = False
     evaluate_every: int | None = Field(default=None, ge=1)
     patience: int | None = Field(default=None, ge=1)
-    max_skipped: int = Field(default=10, ge=1)
-    spike: float = Field(default=6.0, ge=1)
+    max_skipped: int = Field(default=10, ge=1, le=MOST)
+    spike: float = Field(default=6.0, ge=1, le=1000)
     rollbacks: int = Field(default=3, ge=0, le=1000)
     mode: Literal["joint", "single"] = "joint"
     experts: list[str] | None = None
@@ -234,7 +234,7 @@ class LoggingConfig(Section):
 class CheckpointConfig(Section):
     """A checkpoint every so many steps. The newest ``keep`` stay, and that of the lowest validation loss."""
 
-    every: int = Field(default=50, ge=1)
+    every: int = Field(default=50, ge=1, le=MOST)
     keep: int = Field(default=2, ge=1)
 
 

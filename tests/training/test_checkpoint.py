@@ -84,7 +84,7 @@ def test_any_damage_to_any_file_of_data_is_noticed(saved: Path, what: str, tmp_p
     names = [name for name in names if str(name) not in ("_CHECKPOINT_METADATA", "commit_success.txt")]
     assert len(names) > 8 and Path(SEAL) in names
     for name in names:
-        copy = tmp_path / "copy"
+        copy = tmp_path / "copy" / "3"
         shutil.copytree(saved / "3", copy)
         DAMAGE[what](copy / name)
         assert str(name) in damage(copy) if name != Path(SEAL) else damage(copy), name
@@ -96,12 +96,26 @@ def test_the_newest_whole_one_is_used_and_said(saved: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         assert equal(restored(saved), state(2))
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith(f"{saved / '3'}: this checkpoint is damaged (") and said.endswith("step 2 is tried")
+    assert said.startswith(f"{saved / '3'}: this checkpoint is damaged (") and said.endswith("step 2 is used")
     assert sorted(path.name for path in saved.iterdir()) == ["2", "damaged-3"]  # nothing is lost
     checkpoints = Checkpoints(saved, CheckpointConfig(keep=2), ABOUT)  # and its step can be written again
     checkpoints.save(state(3))
     checkpoints.close()
     assert equal(restored(saved), state(3))
+
+
+def test_a_copy_under_another_step_is_not_that_step_s(saved: Path) -> None:
+    shutil.copytree(saved / "2", saved / "9")
+    assert damage(saved / "9") == "it is of step 2"
+    assert equal(restored(saved), state(3))
+
+
+def test_what_is_no_checkpoint_is_left_alone(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (saved / "notes").mkdir()
+    (saved / "80").write_text("a file")
+    (saved / "9.orbax-checkpoint-tmp-1").write_text("a file too")
+    assert equal(restored(saved), state(3))
+    assert (saved / "80").read_text() == "a file" and not caplog.records
 
 
 def test_where_none_is_whole_the_stage_begins_anew(saved: Path, caplog: pytest.LogCaptureFixture) -> None:

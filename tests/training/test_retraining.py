@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,34 @@ def test_what_learned_nothing_is_not_done(backbone: Backbone, configure: Any, tm
         train_experts(config, backbone)
     assert not (tmp_path / "run" / "experts").exists()
     assert RunFolder(tmp_path / "run").done("experts") is None
+
+
+def test_what_was_begun_without_a_saved_step_may_begin_otherwise(
+    backbone: Backbone, configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as after a mistake that is found only as the stage starts; files of others' stay where they are."""
+    with pytest.raises(UserError, match="profile: 10:15 begins after the last step, 2"):
+        train_experts(configure("run", TWO, train={"steps": 2}).model_copy(update={"profile": "10:15"}), backbone)
+    mine = tmp_path / "run" / "checkpoints" / "experts-mine"
+    mine.mkdir(parents=True)
+    (mine.parent / "experts-notes.txt").write_text("mine")
+    assert list(train_experts(configure("run", TWO, train={"steps": 3}), backbone)) == list(TWO)
+    assert sorted(path.name for path in mine.parent.iterdir()) == ["experts-mine", "experts-notes.txt"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_damaged_lines_of_metrics_are_said_and_kept_apart(
+    backbone: Backbone, configure: Any, tmp_path: Path, interrupted: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configure("run", TWO, train={"steps": 4})
+    with interrupted(3):
+        train_experts(config, backbone)
+    path = tmp_path / "run" / "metrics.jsonl"
+    first, _, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first, '{"stage": "experts", "step": "2"}', *rest, '{"stage": "exp']) + "\n")
+    with caplog.at_level(logging.WARNING):
+        train_experts(config, backbone)
+    assert "metrics.jsonl: 1 lines are damaged, and are left out; metrics.jsonl.damaged has them" in caplog.text
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3, 4]
+    assert '"step": "2"' in (tmp_path / "run" / "metrics.jsonl.damaged").read_text()

@@ -70,6 +70,8 @@ class Checkpoints:
         )
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
+        on_first(self._set_damaged_aside)
+        with self._writing():
             self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def restore(self, state: TrainState) -> TrainState:
@@ -78,8 +80,6 @@ class Checkpoints:
         Raises:
             UserError: the saved state is of another base, rank or list of experts, or does not fit otherwise.
         """
-        on_first(self._set_damaged_aside)
-        self._manager.reload()
         step, best = self._manager.latest_step(), self._manager.best_step()
         if best is not None:
             self._best = _lowest(self._manager.metrics(best) or {})
@@ -99,13 +99,14 @@ class Checkpoints:
             raise UserError(f"{self.folder / str(step)}: this checkpoint {problem}") from error
 
     def _set_damaged_aside(self) -> None:
-        """Down to the newest that is whole."""
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for tried, step in enumerate(steps):
-            problem = damage(self.folder / str(step))
-            if problem is None:
-                return
-            older = f"step {steps[tried + 1]} is tried" if tried + 1 < len(steps) else "the stage begins anew"
+        """All that are not whole: orbax reads something of each."""
+        steps = _steps(self.folder)
+        problems = {step: damage(self.folder / str(step)) for step in steps}
+        whole = [step for step in steps if problems[step] is None]
+        for step in steps:
+            if (problem := problems[step]) is None:
+                continue
+            older = f"step {whole[0]} is used" if whole else "the stage begins anew"
             log.warning("%s: this checkpoint is damaged (%s); %s", self.folder / str(step), problem, older)
             target, number = self.folder / f"{DAMAGED}{step}", 1
             while target.exists():
@@ -147,8 +148,9 @@ class Checkpoints:
         if not is_first():
             return
         for folder in self.folder.resolve().glob("*.orbax-checkpoint-tmp*"):
-            if not (folder / SEAL).exists():
-                seal = {"about": self.about, "files": _digests(folder)}
+            if folder.is_dir() and not (folder / SEAL).exists():
+                step = int(folder.name.partition(".")[0])
+                seal = {"about": self.about, "step": step, "files": _digests(folder)}
                 (folder / SEAL).write_text(json.dumps(seal), encoding="utf-8")
 
     @contextlib.contextmanager
@@ -173,19 +175,26 @@ def _lowest(metrics: Mapping[str, float]) -> float:
 
 def under_way(folder: Path) -> tuple[int, list[str]] | None:
     """The newest step of a folder of checkpoints and the experts that it is of; None where there is none."""
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
-    for step in sorted(steps, reverse=True):
-        try:
+    for step in _steps(folder):
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # damaged, which is said when it is read
             return step, list(_sealed(folder / str(step))["about"]["experts"])
-        except (OSError, ValueError, LookupError, TypeError):  # damaged, which is said when it is read
-            continue
     return None
 
 
+def _steps(folder: Path) -> list[int]:
+    """Those that have a checkpoint, the newest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((int(p.name) for p in found if p.name.isdecimal() and p.is_dir()), reverse=True)
+
+
 def _sealed(folder: Path) -> dict[str, Any]:
-    """A seal's ``about`` and ``files``; raises OSError, ValueError or KeyError where it is none."""
+    """A seal: ``about``, ``step`` and ``files``; raises OSError, ValueError or RecursionError where it is none."""
     found = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not all(isinstance(found[key], dict) for key in ("about", "files")):
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("about", "files")):
+        raise ValueError("no seal")
+    about = found["about"]
+    lists = all(isinstance(about.get(key), list) for key in ("experts", "sites"))
+    if not lists or not all(isinstance(name, str) for key in ("experts", "sites") for name in about[key]):
         raise ValueError("no seal")
     return found
 
@@ -199,10 +208,12 @@ def _told(value: Any) -> str:
 def damage(folder: Path) -> str | None:
     """What of a checkpoint's files is not as it was written; None where all are."""
     try:
-        sealed = _sealed(folder)["files"]
-    except (OSError, ValueError, KeyError):
+        seal = _sealed(folder)
+    except (OSError, ValueError, RecursionError):
         return f"{SEAL} is missing or cannot be read"
-    found = _digests(folder)
+    if seal.get("step") != int(folder.name):
+        return f"it is of step {seal.get('step')}"
+    sealed, found = seal["files"], _digests(folder)
     for name in sorted({*sealed, *found}):
         if name not in found:
             return f"{name} is missing"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,13 +64,15 @@ def pending(config: RunConfig) -> list[str]:
     for name in config.train.experts or config.experts.names:
         stage, settings = f"experts/{name}", expert_settings(config, name)
         changed = run.changed(stage, settings)
-        if changed is not None and config.train.experts is None:
+        if changed is not None and config.train.experts is None and (_is_done(run, name) or _saved(run, name)):
             raise UserError(
                 f"{run.path}: expert {name!r} was begun with other settings ({changed}); train it anew with "
                 f"--train.experts [{name}], or choose another --out"
             )
         if changed is not None or name not in done.get("names", []):
             found.append(name)
+    if config.train.experts is None:
+        _check_under_way(config, run, found)
     return found
 
 
@@ -92,10 +95,8 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
     run = RunFolder(config.out)
     rows = load_training_rows(config, backbone, names)
     settings = {name: expert_settings(config, name) for name in names}
-    groups = [names] if config.train.mode == "joint" else [[name] for name in names]
+    groups = _groups(config, names)
     folders = [_checkpoints(run, {name: settings[name] for name in group}) for group in groups]
-    if config.train.experts is None:
-        _check_under_way(run, groups, folders)
     on_first(_open, config, backbone, run, settings)
     trained: dict[str, TaskVector] = {}
     for group, folder in zip(groups, folders, strict=True):
@@ -125,7 +126,7 @@ def _keep(
     run.finish("experts", names=order, rows={**before["rows"], **counts})
     shutil.rmtree(folder, ignore_errors=True)
     if set(config.experts.names) <= set(order):
-        for left in (run.path / "checkpoints").glob("experts*"):  # what was interrupted and never gone on with
+        for left in _folders(run):  # what was interrupted and never gone on with
             shutil.rmtree(left)
 
 
@@ -150,11 +151,31 @@ def _checkpoints(run: RunFolder, settings: Mapping[str, dict[str, Any]]) -> Path
     return run.path / "checkpoints" / f"experts-{zlib.crc32(whose.encode()):08x}"
 
 
-def _check_under_way(run: RunFolder, groups: Sequence[Sequence[str]], folders: Sequence[Path]) -> None:
+def _groups(config: RunConfig, names: list[str]) -> list[list[str]]:
+    """The experts that are trained in one step."""
+    return [names] if config.train.mode == "joint" and names else [[name] for name in names]
+
+
+def _folders(run: RunFolder) -> list[Path]:
+    """Of the states of experts that are under way."""
+    found = (run.path / "checkpoints").glob("experts-*")
+    return sorted(path for path in found if re.fullmatch("experts-[0-9a-f]{8}", path.name) and path.is_dir())
+
+
+def _saved(run: RunFolder, name: str) -> bool:
+    """Whether an expert has a saved state: what was begun without one may change."""
+    return any(name in found[1] for path in _folders(run) if (found := under_way(path)) is not None)
+
+
+def _is_done(run: RunFolder, name: str) -> bool:
+    return name in (run.done("experts") or {}).get("names", [])
+
+
+def _check_under_way(config: RunConfig, run: RunFolder, names: list[str]) -> None:
     """Raise UserError where experts that are to begin are under way among others, whose work would be lost."""
-    begun = {path: under_way(path) for path in sorted((run.path / "checkpoints").glob("experts-*"))}
-    for group, folder in zip(groups, folders, strict=True):
-        if begun.get(folder) is not None:
+    begun = {path: under_way(path) for path in _folders(run)}
+    for group in _groups(config, names) if begun else ():
+        if begun.get(_checkpoints(run, {name: expert_settings(config, name) for name in group})) is not None:
             continue
         for path, found in begun.items():
             if found is not None and set(found[1]) & set(group):

@@ -58,6 +58,8 @@ def run_id(run: Path, stage: str, restored: int) -> str:
     """Drawn as a stage begins and kept in the run folder, so that a run which goes on is one run there."""
     path = run / "loggers.json"
     known = read_json(path) if path.exists() else {}
+    if not isinstance(known, dict):
+        raise UserError(f"{path}: not an object of names")
     if restored == 0 or stage not in known:
         known[stage] = uuid.uuid4().hex[:16]
         write_json(path, known)

@@ -139,6 +139,11 @@ class _Trace:
         self._done = 0
         if self.first > total:
             raise UserError(f"profile: {config.profile} begins after the last step, {total}")
+        if self.first:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{self.folder}: a trace cannot be written there ({error.strerror})") from error
         if 0 < self.last <= restored:
             log.warning("profile: %s were done before; nothing is traced", config.profile)
 

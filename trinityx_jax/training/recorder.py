@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from trinityx_jax.files import write_text
 from trinityx_jax.parallel.chips import GIB, peak_flops
 from trinityx_jax.parallel.multihost import on_first
 from trinityx_jax.progress import Progress, process_memory
+from trinityx_jax.run_folder import metrics_entry
 from trinityx_jax.training.loggers import Sink, open_sinks
 from trinityx_jax.training.work import Work
 
@@ -35,18 +37,19 @@ class MetricsLog:
         self.stage, self.names = stage, set(names)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            lines = path.read_bytes().decode("utf-8", "replace").splitlines()
-            kept = [line for line in lines if self._keep(line, restored)]
+            lines = [line for line in path.read_bytes().decode("utf-8", "replace").splitlines() if line.strip()]
+            entries = [metrics_entry(line) for line in lines]
+            if damaged := sum(
+                entry is None for entry in entries[:-1]
+            ):  # the last was being written as the process died
+                backup = path.with_name(f"{path.name}.damaged")
+                shutil.copyfile(path, backup)
+                log.warning("%s: %d lines are damaged, and are left out; %s has them", path, damaged, backup.name)
+            kept = [line for line, x in zip(lines, entries, strict=True) if x is not None and self._keep(x, restored)]
             write_text(path, "".join(f"{line}\n" for line in kept))
         self._file: TextIO = path.open("a", encoding="utf-8")
 
-    def _keep(self, line: str, restored: int) -> bool:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # the line being written when the process died
-            return False
-        if not isinstance(entry, dict):
-            return False
+    def _keep(self, entry: Mapping[str, Any], restored: int) -> bool:
         others = {key.removeprefix("loss/") for key in entry if key.startswith("loss/")} - self.names
         return entry.get("stage") != self.stage or entry.get("step", 0) <= restored or bool(others)
 

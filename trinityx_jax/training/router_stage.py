@@ -39,6 +39,7 @@ from trinityx_jax.runs import (
     save_router,
 )
 from trinityx_jax.training.calibration import RoutingReader, calibrate
+from trinityx_jax.training.checkpoint import under_way
 from trinityx_jax.training.flops import router_flops
 from trinityx_jax.training.loggers import check_loggers
 from trinityx_jax.training.loop import run_steps
@@ -96,7 +97,8 @@ def router_done(config: RunConfig) -> bool:
     """
     run = RunFolder(config.out)
     changed = run.changed("router", router_settings(config))
-    if changed is not None and not config.train.anew:
+    saved = run.done("router") is not None or under_way(run.path / "checkpoints" / "router") is not None
+    if changed is not None and not config.train.anew and saved:
         raise UserError(
             f"{run.path}: its router was begun with other settings ({changed}); train it anew with --train.anew true, "
             "or choose another --out"
@@ -158,7 +160,7 @@ def _open(
     """Begin the stage in the run folder."""
     run.open(backbone, config.model)
     settings = router_settings(config)
-    if config.train.anew and run.changed("router", settings) is not None:
+    if run.changed("router", settings) is not None:  # it is to be trained anew, or nothing of it was saved
         forget_router(run)
     run.begin("router", settings)
     if untrained:  # as training left it, of a router that was here before
