@@ -184,6 +184,7 @@ def test_the_whole_command(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
                     same_metrics(readings[POOLED][state], p, index)
 
 
+@pytest.mark.slow
 def test_it_begins_with_the_router_as_trained_whatever_was_fitted_before(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -129,6 +129,7 @@ def test_cards(tiny_run: Path, tmp_path: Path) -> None:
     assert "routing accuracy" in (tmp_path / "mocae" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_a_router_over_adapters_of_peft(tiny_run: Path, tiny_config: Path, tmp_path: Path, capsys) -> None:
     """Stage 2 takes adapters made elsewhere, attention and all; the run keeps them as they came."""

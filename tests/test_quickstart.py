@@ -22,6 +22,7 @@ def files(folder: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "index.html"}
 
 
+@pytest.mark.slow
 def test_it_runs_checks_its_claims_and_repeats_nothing(tiny_model: Path, tmp_path: Path, capsys, caplog) -> None:
     out = tmp_path / "run"
     arguments = ["quickstart", "--out", str(out), "--model", str(tiny_model), "--steps", "2"]

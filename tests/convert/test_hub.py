@@ -135,6 +135,7 @@ print(load_backbone("someone/none").fingerprint)
 """
 
 
+@pytest.mark.slow
 def test_there_and_back(tiny_run, tmp_path, hub):
     done = run(hub, tmp_path / "home", PUSH, tiny_run, tmp_path / "out")
     assert done.returncode == 0, done.stderr

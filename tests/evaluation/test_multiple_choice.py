@@ -81,6 +81,7 @@ def test_a_bad_row_is_named(row: dict[str, Any], says: str, tmp_path: Path) -> N
         load_questions(str(path))
 
 
+@pytest.mark.slow
 def test_what_rows_share_is_run_once_with_the_same_result(
     questions: Any, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

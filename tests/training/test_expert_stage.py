@@ -29,6 +29,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "train",
     [
@@ -112,6 +113,7 @@ def test_steps_that_are_not_finite_change_nothing_and_many_stop_with_their_rows(
             assert moved.tolist() == [True, True, False] if leaf == "b" else not moved[2]
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_goes_on_in_another_dtype_and_what_is_done_does_not(
     backbone: Backbone, configure: Any, tiny_model: Path, interrupted: Any, caplog: pytest.LogCaptureFixture, far: Any
 ) -> None:

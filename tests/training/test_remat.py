@@ -33,6 +33,7 @@ def compiled(remat: str, narrow: Any) -> str:
     return jax.jit(run).lower(trained_experts(experts)).compile().as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("narrow", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_what_is_kept_saves_every_product(narrow: Any) -> None:
     """A name that the policy does not see would make gate and up twice: as many products as without remat."""

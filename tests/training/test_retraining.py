@@ -114,6 +114,7 @@ def test_the_same_experts_twice_anew_are_trained_twice(backbone: Backbone, confi
         assert far(found[2][name], found[1][name]) > 1e-3
 
 
+@pytest.mark.slow
 def test_an_expert_is_not_there_while_it_is_trained_anew(
     backbone: Backbone, configure: Any, far: Any, tmp_path: Path, interrupted: Any
 ) -> None:

@@ -89,6 +89,7 @@ def test_dynamic_gamma_follows_the_loss_of_each_expert_over_the_base_s(
     np.testing.assert_allclose(router.gamma, gamma, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_logged_of_a_step_is_forward_s_statistics_of_its_rows(
     run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path
 ) -> None:

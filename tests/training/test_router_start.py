@@ -56,9 +56,9 @@ def changed(one: Any, other: Any) -> list[bool]:
         pytest.param("ablations/literal", {"kernel", "bias", "norm"}, marks=pytest.mark.slow),
         pytest.param("ablations/finetuning-mocae", {"kernel", "bias", "experts"}, marks=pytest.mark.slow),
         pytest.param("ablations/no-task-vectors", {"kernel", "bias", "experts"}, marks=pytest.mark.slow),
-        ("baselines/h3fusion", {"kernel", "experts"}),
-        ("baselines/mixlora", {"kernel", "experts"}),
-        ("baselines/xlora", {"kernel", "bias"}),
+        pytest.param("baselines/h3fusion", {"kernel", "experts"}, marks=pytest.mark.slow),
+        pytest.param("baselines/mixlora", {"kernel", "experts"}, marks=pytest.mark.slow),
+        pytest.param("baselines/xlora", {"kernel", "bias"}, marks=pytest.mark.slow),
         ("baselines/uniform", set()),
     ],
 )
@@ -85,6 +85,7 @@ def test_every_configuration_trains_what_it_says_and_generates(
     assert answer == logits[0, 3 : 3 + len(answer)].argmax(-1).tolist()
 
 
+@pytest.mark.slow
 def test_experts_that_are_trained_too_survive_a_stop(
     run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, interrupted: Any
 ) -> None:
@@ -238,6 +239,7 @@ def test_a_fourth_expert_joins_a_trained_router(
         assert router_done(config)
 
 
+@pytest.mark.slow
 def test_a_router_is_trained_again_when_that_is_said(
     run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -450,6 +450,7 @@ def test_stage_2_trains_the_router_and_nothing_else(changes: dict[str, Any], lea
     np.testing.assert_allclose(metrics["loss"], parts, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["row", pytest.param("token", marks=pytest.mark.slow)])
 def test_the_losses_move_experts_that_top_1_leaves_out(gate: str) -> None:
     weights = {f"lambda_{name}": 0.0 for name in ("entropy", "kl", "gate")}

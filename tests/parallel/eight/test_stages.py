@@ -154,6 +154,7 @@ def mixed(tiny_model: Path) -> tuple[Any, Any, dict[str, TaskVector], Router]:
     return one, other, vectors, dataclasses.replace(router, kernel=jax.numpy.asarray(drawn(router.kernel)))
 
 
+@pytest.mark.slow
 def test_scores(mixed: Any) -> None:
     one, other, vectors, router = mixed
     draw = np.random.default_rng(0)
@@ -168,6 +169,7 @@ def test_scores(mixed: Any) -> None:
         np.testing.assert_allclose(other.score_continuations(alike, **how), one.score_continuations(alike, **how), 1e-5)
 
 
+@pytest.mark.slow
 def test_answers_and_logits(mixed: Any) -> None:
     one, other, vectors, router = mixed
     prompts = ["What is a cat?", "Why?", "Tell me of the sea and of ships."]
