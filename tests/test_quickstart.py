@@ -76,6 +76,7 @@ def test_it_runs_checks_its_claims_and_repeats_nothing(tiny_model: Path, tmp_pat
     assert (other, "other settings (train.steps)" in capsys.readouterr().err) == (2, True)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tiny_model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     from trinityx_jax import quickstart
 

@@ -463,6 +463,7 @@ for number, path in enumerate([*named, max(files, key=lambda path: path.stat().s
 """
 
 
+@pytest.mark.slow
 def test_converted_damaged(tmp_path, converted):
     """A file cut short or gone: refused, or the model is the same.
 

@@ -88,6 +88,7 @@ def both(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder / "one", folder / "two"
 
 
+@pytest.mark.slow
 def test_both_stages_are_those_of_one_process(both: tuple[Path, Path]) -> None:
     near(*both)
     one, other = (json.loads((path / "run.json").read_text()) for path in both)

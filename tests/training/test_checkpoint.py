@@ -203,6 +203,7 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
         Checkpoints(tmp_path / "saved", CheckpointConfig(), ABOUT)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_one_before(backbone: Any, configure: Any, interrupted: Any, caplog: Any) -> None:
     """Its experts and metrics are those of the run that nothing happened to."""
     train = {"steps": 6}

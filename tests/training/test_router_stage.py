@@ -147,6 +147,7 @@ def forget_previous(state: TrainState) -> TrainState:
     return dataclasses.replace(state, previous=jnp.full_like(state.previous, 1 / state.previous.shape[1]))
 
 
+@pytest.mark.slow
 def test_whatever_is_dropped_of_a_state_shows(
     run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Any
 ) -> None:

@@ -193,6 +193,7 @@ def test_experts_from_scratch(run: Any, tiny_config: Path, tmp_path: Path) -> No
     assert router_done(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_fourth_expert_joins_a_trained_router(
     run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, calibrated: bool

@@ -340,6 +340,7 @@ def test_one_expert_s_update_is_optax_s_clipped_adamw_and_only_weights_decay() -
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_a_step_in_parts_is_the_step_in_one(dropout: float) -> None:
     """Accumulation is exact by tokens, whatever the parts hold, dropout's masks included."""
