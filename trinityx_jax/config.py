@@ -150,7 +150,7 @@ UNUSED: dict[str, dict[str, Any]] = {
     },
     "router": {
         "experts": {"rank", "alpha", "dropout", "sites"},
-        "train": {"mode", "experts", "accumulate", "packing", "patience"},
+        "train": {"mode", "experts", "accumulate", "packing"},
         "system": True,
     },
 }

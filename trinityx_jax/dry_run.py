@@ -17,7 +17,7 @@ from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, init_expert
 from trinityx_jax.run_folder import RunFolder
-from trinityx_jax.runs import save_expert
+from trinityx_jax.runs import save_expert, source_folders
 from trinityx_jax.sections import LoggingConfig, MeshConfig
 from trinityx_jax.training import expert_stage, router_stage
 from trinityx_jax.training.loggers import check_loggers
@@ -99,9 +99,13 @@ def _one_step(config: RunConfig, folder: str) -> RunConfig:
 
 
 def _are_there(source: str, names: Sequence[str]) -> bool:
-    """Whether a run or folder holds these experts; False where stage 1 has not made all of them."""
-    folders = [Path(source) / "experts" / name for name in names]
-    return (not (Path(source) / "run.json").exists() and Path(source).exists()) or all(f.exists() for f in folders)
+    """Whether a place holds these experts; False of a run whose stage 1 has not made all of them, or not begun."""
+    if Path(source).exists() and not (Path(source) / "run.json").exists():
+        return True  # no run: what it lacks is not to come
+    try:
+        return set(names) <= source_folders(source).keys()
+    except UserError:
+        return False
 
 
 def _stand_ins(config: RunConfig, backbone: Backbone, folder: Path) -> str:

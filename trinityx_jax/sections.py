@@ -155,7 +155,8 @@ class TrainConfig(Section):
 
     ``accumulate`` serves a step's rows in so many parts, with the same result and less memory. ``packing`` puts
     several rows into one of ``seq_len`` tokens. ``evaluate_every`` measures the loss on ``data.NAME.validation``;
-    with ``patience``, an expert stops after so many measurements without a new lowest, and keeps its best.
+    with ``patience``, an expert (or the router) stops after so many measurements without a new lowest, and keeps its
+    best.
     ``experts`` names those to train anew, ``anew`` does so with the router. ``experts_learning_rate`` is that of
     experts that stage 2 trains, ``learning_rate`` by default. ``max_skipped``: steps in a row with a loss or
     gradient that is not finite, each of which changes nothing. Where there are so many, or losses in a row more than

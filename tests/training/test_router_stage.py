@@ -28,11 +28,11 @@ from trinityx_jax.training.state import TrainState
 NAMES = ("helpful", "harmless", "honest")
 
 
-def configure(tiny_config: Path, out: Path, mocae: dict[str, Any], *flags: str) -> RunConfig:
+def configure(tiny_config: Path, out: Path, mocae: dict[str, Any], *flags: str, steps: int = 4) -> RunConfig:
     switches = [part for key, value in mocae.items() for part in (f"--mocae.{key}", json.dumps(value))]
     held = [part for name in NAMES for part in (f"--data.{name}.validation", "0.2")]
     path = tiny_config.with_name("router.yaml")
-    return load_config(path, ["--out", str(out), "--train.steps", "4", *held, *switches, *flags], "router")
+    return load_config(path, ["--out", str(out), "--train.steps", str(steps), *held, *switches, *flags], "router")
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +121,37 @@ def test_what_is_logged_of_a_step_is_forward_s_statistics_of_its_rows(
     assert lines[1]["kl"] > 1e-6
 
 
+def test_early_stopping_keeps_the_best_router(run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+    """What is measured is the mixture's loss on each objective's held-out rows; the router that stays is the best."""
+    flags = ("--train.evaluate_every", "2", "--train.patience", "2", "--train.learning_rate", "1.0")
+    flags += ("--train.warmup", "0", "--experts.from", str(tiny_run))
+    config = configure(tiny_config, tmp_path / "run", {"calibration": "none"}, *flags, steps=40)
+    router = train_router(config, run.backbone, run.vectors)
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    series = {
+        line["step"]: [line[f"validation/{name}"] for name in NAMES] for line in lines if "validation/honest" in line
+    }
+    best = min(series, key=lambda step: np.mean(series[step]))
+    assert 2 <= best <= 34  # it passed its lowest
+    assert lines[-1]["step"] == max(series) == best + 4  # two measurements without a new one
+    assert RunFolder(tmp_path / "run").info()["stages"]["router"]["steps"] == best
+    kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints" / "router").glob("[0-9]*"))
+    assert best in kept
+    rows = load_training_rows(config, run.backbone, together=True).validation
+    for name, expected in zip(NAMES, series[best], strict=True):
+        total = 0.0
+        for row in rows[name]:
+            logits, _ = tx.forward(run.backbone, row.ids[None], experts=run.vectors, router=router)
+            nll = -jax.nn.log_softmax(logits[0, :-1])[jnp.arange(len(row.ids) - 1), row.ids[1:]]
+            total += float(nll[row.prompt_length - 1 :].sum())
+        assert total / sum(len(row.ids) - row.prompt_length for row in rows[name]) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("switches", "flags", "says"),
     [
         ({"gamma_dynamic": True}, (), "train.evaluate_every is needed"),
-        ({}, ("--train.evaluate_every", "2"), "has no effect on stage 'router' without mocae.gamma_dynamic"),
+        ({}, ("--train.patience", "2"), "patience: evaluate_every is needed"),
         ({"gamma_dynamic": True, "train_gamma": True}, (), "gamma is trained"),
         ({}, ("--train.accumulate", "2"), "train.accumulate: this key has no effect on stage 'router'"),
         ({}, ("--train.packing", "true"), "train.packing: this key has no effect"),

@@ -86,11 +86,7 @@ class Checkpoints:
         return state if step is None else self._read(step, state)
 
     def _read(self, step: int, state: TrainState) -> TrainState:
-        found = _sealed(self.folder / str(step))["about"]
-        for name, what in ABOUT.items():
-            if found.get(name) != self.about.get(name):
-                own, theirs = (_told(about.get(name)) for about in (self.about, found))
-                raise UserError(f"{self.folder / str(step)}: this checkpoint is of {what} {theirs}, not {own}")
+        check_about(self.folder, self.about)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(target))
@@ -114,7 +110,7 @@ class Checkpoints:
             with self._writing():
                 os.replace(self.folder / str(step), target)
 
-    def is_best(self, state: TrainState, measured: bool = True) -> bool:
+    def is_best(self, state: TrainState, measured: bool) -> bool:
         """Whether its validation losses are of this step and lower, on average, than those of every checkpoint."""
         found = _measured(state) if measured else None
         return found is not None and found < self._best
@@ -173,12 +169,24 @@ def _lowest(metrics: Mapping[str, float]) -> float:
     return metrics.get(BEST, math.inf)
 
 
-def under_way(folder: Path) -> tuple[int, list[str]] | None:
-    """The newest step of a folder of checkpoints and the experts that it is of; None where there is none."""
+def under_way(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """The newest step of a folder of checkpoints and what it is of (``ABOUT``); None where there is none."""
     for step in _steps(folder):
         with contextlib.suppress(OSError, ValueError, RecursionError):  # damaged, which is said when it is read
-            return step, list(_sealed(folder / str(step))["about"]["experts"])
+            return step, _sealed(folder / str(step))["about"]
     return None
+
+
+def check_about(folder: Path, about: Mapping[str, Any]) -> None:
+    """Raise UserError where the newest checkpoint in a folder, if there is one, is of something else."""
+    newest = under_way(folder)
+    if newest is None:
+        return
+    step, found = newest
+    for name, what in ABOUT.items():
+        if found.get(name) != about.get(name):
+            own, theirs = _told(about.get(name)), _told(found.get(name))
+            raise UserError(f"{folder / str(step)}: this checkpoint is of {what} {theirs}, not {own}")
 
 
 def _steps(folder: Path) -> list[int]:

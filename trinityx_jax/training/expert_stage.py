@@ -26,7 +26,7 @@ from trinityx_jax.parallel.multihost import on_first
 from trinityx_jax.parallel.sharding import mesh_of, on_this_host, put, replicated
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import forget_router, save_experts
-from trinityx_jax.training.checkpoint import under_way
+from trinityx_jax.training.checkpoint import check_about, under_way
 from trinityx_jax.training.flops import expert_flops
 from trinityx_jax.training.loggers import check_loggers
 from trinityx_jax.training.loop import run_steps
@@ -97,6 +97,8 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
     settings = {name: expert_settings(config, name) for name in names}
     groups = _groups(config, names)
     folders = [_checkpoints(run, {name: settings[name] for name in group}) for group in groups]
+    for group, folder in zip(groups, folders, strict=True):
+        check_about(folder, _about(config, backbone, group))
     on_first(_open, config, backbone, run, settings)
     trained: dict[str, TaskVector] = {}
     for group, folder in zip(groups, folders, strict=True):
@@ -151,6 +153,13 @@ def _checkpoints(run: RunFolder, settings: Mapping[str, dict[str, Any]]) -> Path
     return run.path / "checkpoints" / f"experts-{zlib.crc32(whose.encode()):08x}"
 
 
+def _about(config: RunConfig, backbone: Backbone, names: list[str]) -> dict[str, Any]:
+    """What a checkpoint of experts is of."""
+    e = config.experts
+    own = {"base": backbone.fingerprint, "experts": names, "rank": e.rank, "sites": e.sites}
+    return own | {"guard": guard_of(config)}
+
+
 def _groups(config: RunConfig, names: list[str]) -> list[list[str]]:
     """The experts that are trained in one step."""
     return [names] if config.train.mode == "joint" and names else [[name] for name in names]
@@ -164,7 +173,7 @@ def _folders(run: RunFolder) -> list[Path]:
 
 def _saved(run: RunFolder, name: str) -> bool:
     """Whether an expert has a saved state: what was begun without one may change."""
-    return any(name in found[1] for path in _folders(run) if (found := under_way(path)) is not None)
+    return any(name in found[1]["experts"] for path in _folders(run) if (found := under_way(path)) is not None)
 
 
 def _is_done(run: RunFolder, name: str) -> bool:
@@ -178,9 +187,10 @@ def _check_under_way(config: RunConfig, run: RunFolder, names: list[str]) -> Non
         if begun.get(_checkpoints(run, {name: expert_settings(config, name) for name in group})) is not None:
             continue
         for path, found in begun.items():
-            if found is not None and set(found[1]) & set(group):
+            if found is not None and set(found[1]["experts"]) & set(group):
+                others = ", ".join(found[1]["experts"])
                 raise UserError(
-                    f"{path}: holds {', '.join(found[1])} after step {found[0]}; this configuration trains "
+                    f"{path}: holds {others} after step {found[0]}; this configuration trains "
                     f"{', '.join(group)} together: go on with those (experts.names, train.mode), begin anew with "
                     f"--train.experts [{','.join(group)}], or choose another --out"
                 )
@@ -221,9 +231,7 @@ class _Group:
 
     def train(self, folder: Path) -> dict[str, TaskVector]:
         """The group's experts, from the newest checkpoint in ``folder`` on."""
-        e = self.config.experts
-        about = {"base": self.backbone.fingerprint, "experts": self.names, "rank": e.rank, "sites": e.sites}
-        about["guard"] = guard_of(self.config)
+        about = _about(self.config, self.backbone, self.names)
         state = run_steps(
             self.start(), self, max(self.totals.values()), self.config, stage=self.label, folder=folder, about=about,
             mesh=self.mesh, split=self.program.split,

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from trinityx_jax.config import RunConfig
 from trinityx_jax.data.batching import Batch, Split
 from trinityx_jax.errors import UserError
-from trinityx_jax.parallel.multihost import is_first, stop_is_agreed
+from trinityx_jax.parallel.multihost import stop_is_agreed
 from trinityx_jax.parallel.sharding import on_mesh, put_batch
 from trinityx_jax.progress import progress
 from trinityx_jax.training.checkpoint import Checkpoints
@@ -73,7 +73,7 @@ def run_steps(
     trace = _Trace(config, total, index)
     recorder = Recorder(config, work, stage, index)
     try:
-        with progress(stage, total, index, quiet=not is_first()) as bar, stop_on_signals() as signals, on_mesh(mesh):
+        with progress(stage, total, index) as bar, stop_on_signals() as signals, on_mesh(mesh):
             while index < total and (names := work.active(state)):
                 stop = min(work.until(index), total)
                 for batch, arrays in _placed_ahead(work.serve(index, stop, names), mesh, split):
@@ -164,6 +164,5 @@ class _Trace:
     def close(self) -> None:
         if self._begun is not None:
             jax.profiler.stop_trace()
-            if is_first():
-                print(f"wrote {self.folder}: a trace of steps {self._begun} to {self._done}")
+            print(f"wrote {self.folder}: a trace of steps {self._begun} to {self._done}")
             self._begun, self.last = None, 0

@@ -71,4 +71,8 @@ def router_start(config: RunConfig, backbone: BackboneConfig, router: Router, ex
     trained = jax.tree.map(jnp.copy, trained_router(router, experts))
     count = len(router.names)
     previous = jnp.full((backbone.num_layers, count), 1.0 / count)
-    return router_state(trained, make_optimizer(config.train), previous, guard=config.train.rollbacks > 0)
+    train = config.train
+    return router_state(
+        trained, make_optimizer(train), previous,
+        keep_best=train.patience is not None, measure=train.evaluate_every is not None, guard=train.rollbacks > 0,
+    )  # fmt: skip

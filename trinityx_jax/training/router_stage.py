@@ -17,16 +17,16 @@ import numpy as np
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.backbone.products import packed
 from trinityx_jax.config import SCRATCH, RunConfig, save_config
-from trinityx_jax.data.batching import Batch, TrainingBatches, validation_batches
+from trinityx_jax.data.batching import Batch, Split, TrainingBatches, evaluation_batches, validation_batches
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
-from trinityx_jax.experts import ATTENTION, TaskVector, dynamic_gamma, gamma, init_expert, stack, unstack
+from trinityx_jax.experts import ATTENTION, TaskVector, gamma, init_expert, stack, unstack
 from trinityx_jax.mocae import Router, init_router
 from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.model import prepared
 from trinityx_jax.mocae.router import extended
 from trinityx_jax.parallel.multihost import agreed, on_first
-from trinityx_jax.parallel.sharding import mesh_of, on_this_host, put, put_trained, replicated, split_of
+from trinityx_jax.parallel.sharding import batch_shards, mesh_of, on_this_host, put, put_trained, replicated, split_of
 from trinityx_jax.run_folder import UNCALIBRATED, RunFolder
 from trinityx_jax.runs import (
     expert_digests,
@@ -39,7 +39,7 @@ from trinityx_jax.runs import (
     save_router,
 )
 from trinityx_jax.training.calibration import RoutingReader, calibrate
-from trinityx_jax.training.checkpoint import under_way
+from trinityx_jax.training.checkpoint import check_about, under_way
 from trinityx_jax.training.flops import router_flops
 from trinityx_jax.training.loggers import check_loggers
 from trinityx_jax.training.loop import run_steps
@@ -47,9 +47,9 @@ from trinityx_jax.training.programs import RouterProgram, router_start
 from trinityx_jax.training.rows import Rows, load_training_rows, pad_id
 from trinityx_jax.training.seen import warn_of_calibration
 from trinityx_jax.training.settings import MAY_CHANGE, data_settings, guard_of
-from trinityx_jax.training.state import TrainState
+from trinityx_jax.training.state import TrainState, after_validation
 from trinityx_jax.training.step import after_stage_2, trained_experts
-from trinityx_jax.training.validation import held_out_sums, mean_losses
+from trinityx_jax.training.validation import gammas, held_out_sums, mean_losses, mixture_sums
 
 log = logging.getLogger(__name__)
 UNREPEATED = {
@@ -97,7 +97,7 @@ def router_done(config: RunConfig) -> bool:
     """
     run = RunFolder(config.out)
     changed = run.changed("router", router_settings(config))
-    saved = run.done("router") is not None or under_way(run.path / "checkpoints" / "router") is not None
+    saved = run.done("router") is not None or under_way(_checkpoints(run)) is not None
     if changed is not None and not config.train.anew and saved:
         raise UserError(
             f"{run.path}: its router was begun with other settings ({changed}); train it anew with --train.anew true, "
@@ -140,17 +140,19 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
             "profile, matters",
             run.path,
         )
+    if rows is not None and run.changed("router", router_settings(config)) is None:  # or it begins anew
+        check_about(_checkpoints(run), _about(config, backbone, own))
     on_first(_open, config, backbone, run, own, rows is None)
-    counts = {name: [0, 0] for name in own}
+    counts, steps = {name: [0, 0] for name in own}, 0
     router = start
     if rows is not None:
-        router, tuned = _Stage(config, backbone, rows, stack(list(own.values())), start).train(run)
+        router, tuned, steps = _Stage(config, backbone, rows, own, start).train(run)
         if mocae.train_experts:
             on_first(save_experts, _trained(own, tuned, backbone), run)
         on_first(save_router, router, run.path / UNCALIBRATED, backbone.fingerprint)
         router = agreed(calibrated_on(config, backbone, tuned, router, rows.calibration))
         counts = {n: [len(rows.train[n]), len(rows.calibration[n])] for n in own}
-    on_first(_keep, config, backbone, run, router, counts)
+    on_first(_keep, config, backbone, run, router, rows=counts, steps=steps)
     return router
 
 
@@ -169,12 +171,12 @@ def _open(
     save_config(config.model_copy(update={"profile": None}), run.path / "config-router.yaml", "router")
 
 
-def _keep(config: RunConfig, backbone: Backbone, run: RunFolder, router: Router, counts: Mapping[str, Any]) -> None:
+def _keep(config: RunConfig, backbone: Backbone, run: RunFolder, router: Router, **facts: Any) -> None:
     """Write the router, and what later readers want to know of it."""
     save_router(router, run.path / "router", backbone.fingerprint)
     run.finish(
         "router",
-        rows=dict(counts),
+        **facts,
         temperature_trained=config.mocae_config().temperature,
         temperature=np.asarray(router.temperature).tolist(),
         calibration=router.config.calibration,
@@ -182,13 +184,24 @@ def _keep(config: RunConfig, backbone: Backbone, run: RunFolder, router: Router,
     )
 
 
+def _checkpoints(run: RunFolder) -> Path:
+    """Where the stage's state is saved."""
+    return run.path / "checkpoints" / "router"
+
+
+def _about(config: RunConfig, backbone: Backbone, experts: Mapping[str, TaskVector]) -> dict[str, Any]:
+    """What a checkpoint of the stage is of."""
+    stacked = jax.eval_shape(lambda: stack(list(experts.values())))
+    rank = next(iter(stacked.values()))["a"].shape[-1]
+    about = {"base": backbone.fingerprint, "experts": list(experts), "rank": rank, "sites": list(stacked)}
+    return about | {"guard": guard_of(config)}
+
+
 def check_router(config: RunConfig) -> None:
     """Raise UserError where the run, or another of its keys, does not allow what the configuration asks for."""
     mocae, source = config.mocae_config(), config.experts.source
     if mocae.gamma_dynamic and config.train.evaluate_every is None:
         raise UserError("mocae.gamma_dynamic: train.evaluate_every is needed, gamma moves after each evaluation")
-    if config.train.evaluate_every is not None and not mocae.gamma_dynamic:
-        raise UserError("train.evaluate_every: has no effect on stage 'router' without mocae.gamma_dynamic; remove it")
     done = RunFolder(config.out).done("experts")
     if source is not None and done is not None and done.get("source") != source:
         if done.get("source") is not None:
@@ -257,13 +270,16 @@ def _own_experts(config: RunConfig, run: RunFolder, vectors: Mapping[str, TaskVe
 class _Stage:
     """The router's training (``loop.Work``)."""
 
-    def __init__(self, config: RunConfig, backbone: Backbone, rows: Rows, experts: Any, router: Router):
+    def __init__(
+        self, config: RunConfig, backbone: Backbone, rows: Rows, vectors: Mapping[str, TaskVector], router: Router
+    ):
         train = config.train
         self.config, self.backbone, self.rows, self.router = config, backbone, rows, router
         self.names = tuple(rows.train)
         self.mesh = mesh_of(backbone.params)
         self._constants = put(router, replicated(self.mesh))
-        self.experts = put_trained(experts, self.mesh)
+        self.experts = put_trained(stack(list(vectors.values())), self.mesh)
+        self._about = _about(config, backbone, vectors)
         self.base, split = packed(backbone.params), split_of(self.mesh)
         self.batches = TrainingBatches(
             rows.train, train.batch_size, pad_id(backbone), config.seed + 1, join=True, split=split
@@ -273,27 +289,30 @@ class _Stage:
         self.program = RouterProgram(config, backbone.config, self.total, self.mesh, shapes)
         key = functools.partial(jax.random.key, config.seed + 2)
         self.key = jax.jit(key, out_shardings=replicated(self.mesh))()
+        self._held = self._held_out() if train.evaluate_every is not None else []
+        self._sums = mixture_sums(backbone.config, self.program.dtype, self.mesh)
+        self._after = jax.jit(after_validation, donate_argnums=0, out_shardings=self.program.shardings)
         self._gamma = self._gammas() if router.config.gamma_dynamic else {}
         once = not router.config.train_experts and router.config.mixing != "full"  # which would be E bases
         self._served = self.experts
         if once:  # cast and laid out
             self._served = put_trained(jax.jit(prepared)(self.base, self.experts, self._constants), self.mesh)
 
-    def train(self, run: RunFolder) -> tuple[Router, Any]:
-        """The trained router and its stacked experts, from the newest checkpoint on."""
-        rank = next(iter(self.experts.values()))["a"].shape[-1]
-        about = {"base": self.backbone.fingerprint, "experts": list(self.router.names), "rank": rank}
-        about |= {"sites": list(self.experts), "guard": guard_of(self.config)}
+    def train(self, run: RunFolder) -> tuple[Router, Any, int]:
+        """The trained router, its stacked experts and the step that they are of, from the newest checkpoint on."""
         state = run_steps(
-            self.start(), self, self.total, self.config, stage="router", folder=run.path / "checkpoints" / "router",
-            about=about, mesh=self.mesh, split=self.program.split,
+            self.start(), self, self.total, self.config, stage="router", folder=_checkpoints(run),
+            about=self._about, mesh=self.mesh, split=self.program.split,
         )  # fmt: skip
         if int(state.skipped) >= int(state.step):
             raise UserError("router: no step had a finite loss, gradient and result; nothing was learned")
         if int(state.skipped):
             log.warning("router: %d steps were not finite and changed nothing", int(state.skipped))
-        trained, experts = on_this_host((state.params, self.experts), self.mesh)
-        return after_stage_2(trained, self._at(self.total), experts)
+        step, leaves = int(state.step), state.params
+        if state.best is not None and state.best_step is not None:
+            step, leaves = int(state.best_step), state.best
+        trained, experts = on_this_host((leaves, self.experts), self.mesh)
+        return *after_stage_2(trained, self._at(step), experts), step
 
     def start(self) -> TrainState:
         """The state before the first step."""
@@ -303,7 +322,8 @@ class _Stage:
         return router_start(self.config, self.backbone.config, self.router, self.experts)
 
     def active(self, state: TrainState) -> tuple[str, ...]:
-        return self.names
+        patience = self.config.train.patience
+        return () if patience is not None and int(np.asarray(state.waited)) >= patience else self.names
 
     def until(self, step: int) -> int:
         every = self.config.train.evaluate_every
@@ -333,11 +353,26 @@ class _Stage:
         return out | {f"load/{n}": float(x) for n, x in zip(self.router.names, metrics["load"], strict=True)}
 
     def validate(self, state: TrainState, names: tuple[str, ...]) -> tuple[TrainState, dict[str, float]]:
-        """The dynamic gamma that the next steps have."""
-        if not self._gamma:
+        """The mixture's held-out loss on each objective's rows, and the dynamic gamma that the next steps have."""
+        if self.config.train.evaluate_every is None:
             return state, {}
-        found = self._at(int(state.step)).gamma
-        return state, {f"gamma/{n}": float(x) for n, x in zip(self.router.names, found, strict=True)}
+        own = self._at(int(state.step))
+        placed = put(own, replicated(self.mesh))
+        router, experts = after_stage_2(state.params, placed, self._served)
+        whole = Split(batch_shards(self.mesh))
+        losses = mean_losses(self._sums, (self.base, experts, router), self._held, self.mesh, whole)
+        values = {f"validation/{n}": float(x) for n, x in zip(self.names, losses, strict=True)}
+        if self._gamma:
+            values |= {f"gamma/{n}": float(x) for n, x in zip(self.names, own.gamma, strict=True)}
+        return self._after(state, losses.mean().astype(np.float32), np.bool_(True)), values
+
+    def _held_out(self) -> list[Batch]:
+        """Every objective's held-out rows."""
+        held = self.rows.validation
+        labels = np.repeat(np.arange(len(held)), [len(part) for part in held.values()]).tolist()
+        rows, split = [row for part in held.values() for row in part], Split(batch_shards(self.mesh))
+        size, pad = self.config.evaluate.batch_size, pad_id(self.backbone)
+        return [batch for _, batch in evaluation_batches(rows, labels, size, pad, split)]
 
     def places(self, step: int, bad: np.ndarray, names: tuple[str, ...]) -> list[str]:
         return [row.place for name in names for slot in self.batches.slots(step, name) for row in slot]
@@ -363,13 +398,10 @@ class _Stage:
         shared = dict.fromkeys(self.names, held)
         batches = validation_batches(shared, self.config.evaluate.batch_size, pad_id(self.backbone), split)
         losses = [
-            mean_losses(sums, (params, self.base, self.experts), batches, self.mesh, split).tolist()
+            mean_losses(sums, (params, self.base, self.experts), batches, self.mesh, split)
             for params in (trained_experts(self.experts), zeros)
         ]
-        found = {0: self.router.gamma}
-        for number in range(1, self.total // every + 1):
-            found[number] = dynamic_gamma(found[number - 1], losses[0], losses[1])
-        return found
+        return gammas(self.router.gamma, losses[0], losses[1], every, self.total)
 
 
 def _steps_of_epochs(batches: TrainingBatches, epochs: float) -> int:

@@ -22,7 +22,7 @@ class TrainState:
     """The trained leaves, the optimizer's, the step, and what else has to survive a restart.
 
     In stage 1 all but ``step`` has an axis of experts (see ``expert_axes``): each expert counts, stops, goes back and
-    keeps its best on its own. ``previous`` is pi_prev [L,E] of stage 2, which stage 1 has none of.
+    keeps its best on its own. In stage 2 the router does, and ``previous`` is pi_prev [L,E], which stage 1 has none of.
     """
 
     step: jax.Array
@@ -48,31 +48,41 @@ def expert_state(
 ) -> TrainState:
     """Stage 1 before its first step; leaves are [L,E,...]."""
     count = jax.tree.leaves(params)[0].shape[1]
-    zeros, unknown = jnp.zeros((count,), jnp.int32), jnp.full((count,), jnp.inf)
+    zeros = jnp.zeros((count,), jnp.int32)
     opt_state = init_per_expert(optimizer, params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, None, zeros, jnp.copy(zeros))
-    if guard:
-        state = dataclasses.replace(state, guard=begin_guard((params, opt_state), (count,)))
-    if measure:
-        state = dataclasses.replace(state, measured=unknown)
-    if not keep_best:
-        return state
-    return dataclasses.replace(
-        state,
-        best=jax.tree.map(jnp.copy, params),
-        best_loss=jnp.copy(unknown),
-        best_step=jnp.copy(zeros),
-        waited=jnp.copy(zeros),
-    )
+    kept = begin_guard((params, opt_state), (count,)) if guard else None
+    state = TrainState(jnp.zeros((), jnp.int32), params, opt_state, None, zeros, jnp.copy(zeros), kept)
+    return _watched(state, (count,), keep_best, measure)
 
 
 def router_state(
-    params: Trained, optimizer: optax.GradientTransformation, previous: jax.Array, guard: bool = False
+    params: Trained,
+    optimizer: optax.GradientTransformation,
+    previous: jax.Array,
+    keep_best: bool = False,
+    measure: bool = False,
+    guard: bool = False,
 ) -> TrainState:
     """Stage 2 before its first step."""
     zero, opt_state = jnp.zeros((), jnp.int32), optimizer.init(params)
     kept = begin_guard((params, opt_state, previous)) if guard else None
-    return TrainState(zero, params, opt_state, previous, jnp.copy(zero), jnp.copy(zero), kept)
+    state = TrainState(zero, params, opt_state, previous, jnp.copy(zero), jnp.copy(zero), kept)
+    return _watched(state, (), keep_best, measure)
+
+
+def _watched(state: TrainState, shape: tuple[int, ...], keep_best: bool, measure: bool) -> TrainState:
+    """With what validation remembers."""
+    if measure:
+        state = dataclasses.replace(state, measured=jnp.full(shape, jnp.inf))
+    if not keep_best:
+        return state
+    return dataclasses.replace(
+        state,
+        best=jax.tree.map(jnp.copy, state.params),
+        best_loss=jnp.full(shape, jnp.inf),
+        best_step=jnp.zeros(shape, jnp.int32),
+        waited=jnp.zeros(shape, jnp.int32),
+    )
 
 
 @jax.named_scope("optimizer")
@@ -175,12 +185,14 @@ def update_router(
     if guard is not None:
         leaves, guard, streak, happened = watch(guard, train, every, state.step, loss, streak, leaves)
     skipped = state.skipped + jnp.where(fine, 0, 1)
-    after = TrainState(state.step + 1, *leaves, skipped, streak, guard)
-    return after, {"skipped": skipped, "streak": streak, **happened}
+    names = ("params", "opt_state", "previous", "skipped", "streak", "guard")
+    new = dict(zip(names, (*leaves, skipped, streak, guard), strict=True))
+    return dataclasses.replace(state, step=state.step + 1, **new), {"skipped": skipped, "streak": streak, **happened}
 
 
 def after_validation(state: TrainState, losses: jax.Array, active: jax.Array) -> TrainState:
-    """With the validation losses [E] of the active experts, and the leaves of each whose loss is its lowest so far."""
+    """With the validation losses of the active experts [E], and the leaves of each whose loss is its lowest so far; or
+    with the router's []."""
     assert state.measured is not None
     state = dataclasses.replace(state, measured=jnp.where(active, losses, state.measured))
     if state.best is None:
@@ -189,7 +201,7 @@ def after_validation(state: TrainState, losses: jax.Array, active: jax.Array) ->
     better = active & (losses < state.best_loss)
 
     def pick(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(better.reshape(1, -1, *[1] * (new.ndim - 2)), new, old)
+        return jnp.where(better.reshape(1, -1, *[1] * (new.ndim - 2)) if better.ndim else better, new, old)
 
     return dataclasses.replace(
         state,

@@ -1,4 +1,4 @@
-"""Held-out losses of the experts, for early stopping and the dynamic gamma."""
+"""Held-out losses: of the experts and of their routed mixture, for early stopping, and of both the dynamic gamma."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from trinityx_jax.backbone import BackboneConfig
 from trinityx_jax.data.batching import Batch, Split
+from trinityx_jax.experts import dynamic_gamma
+from trinityx_jax.mocae import Router, hidden_states
 from trinityx_jax.parallel.sharding import on_mesh, put_batch, replicated
+from trinityx_jax.training.loss import slots_of, sum_by_group, supervised_nll
 from trinityx_jax.training.step import expert_sums, supervised_counts
 
 Sums = Callable[..., tuple[jax.Array, jax.Array]]
@@ -31,10 +35,34 @@ def held_out_sums(config: BackboneConfig, dtype: Any, mesh: Mesh, split: Split) 
     return sums
 
 
+def mixture_sums(config: BackboneConfig, dtype: Any, mesh: Mesh) -> Sums:
+    """Compiled (base, experts, router, batch) -> the mixture's summed loss on each objective's rows [E] and their
+    supervised tokens [E]."""
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def sums(base: Any, experts: Any, router: Router, batch: Any) -> tuple[jax.Array, jax.Array]:
+        hidden, _, _ = hidden_states(
+            base, config, batch["tokens"], batch["mask"], experts=experts, router=router, dtype=dtype
+        )
+        nll = supervised_nll(base, config, hidden, batch)
+        own, count = batch["objective"][slots_of(batch)], len(router.names)
+        return tuple(sum_by_group(x, batch["valid"], own, count) for x in (nll, jnp.ones(own.shape)))  # type: ignore
+
+    return sums
+
+
+def gammas(start: jax.Array, experts: np.ndarray, base: np.ndarray, every: int, total: int) -> dict[int, jax.Array]:
+    """Dynamic gamma [E] after each of a stage's evaluations (METHOD 1), by the experts' losses [E] and the base's."""
+    found = {0: start}
+    for number in range(1, total // every + 1):
+        found[number] = dynamic_gamma(found[number - 1], experts.tolist(), base.tolist())
+    return found
+
+
 def mean_losses(
     sums: Sums, arguments: tuple[Any, Any, Any], batches: Iterable[Batch], mesh: Mesh, split: Split
 ) -> np.ndarray:
-    """Each expert's mean loss [E] over all batches, by tokens."""
+    """Each expert's (or objective's) mean loss [E] over all batches, by tokens."""
     with on_mesh(mesh):
         found = [jax.device_get(sums(*arguments, put_batch(batch.arrays(), mesh, split))) for batch in batches]
     total = np.sum(np.asarray(found, np.float64), axis=0)
