@@ -24,7 +24,7 @@ shift 2
 gcloud compute tpus tpu-vm describe "$name" --zone "$zone" >/dev/null || exit 2
 everywhere() { gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "$1"; }
 
-case " $* " in *" train-experts "* | *" train-router "*) ;; *) echo "tpu_vm: no train-experts in: $*" >&2 && exit 2 ;; esac
+case " $* " in *" train-experts "* | *" train-router "* | *" evaluate "* | *" generate "*) ;; *) echo "tpu_vm: no train-experts in: $*" >&2 && exit 2 ;; esac
 words=$(printf '%q ' "$@")
 # what runs there goes on untouched; other words than its own are refused
 running='cd trinityx_jax 2>/dev/null && [ -f .pid ] && kill -0 "$(cat .pid)" 2>/dev/null'

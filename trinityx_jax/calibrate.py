@@ -22,7 +22,7 @@ from trinityx_jax.evaluation import figures, metrics
 from trinityx_jax.evaluation.expert_losses import expert_losses
 from trinityx_jax.evaluation.held_rows import EQUAL, PROMPTS, ROWS, HeldOut, Rows, load_held_out, matched_length
 from trinityx_jax.evaluation.scoring import Scorer
-from trinityx_jax.evaluation.suite import check_overrides, configured
+from trinityx_jax.evaluation.suite import asked_mesh, check_overrides, configured
 from trinityx_jax.experts import stack
 from trinityx_jax.files import write_json, write_text
 from trinityx_jax.mocae import Router
@@ -82,7 +82,7 @@ def calibrate_run(
     if kind is None:
         kind = "temperature" if start.config.calibration == "none" else start.config.calibration
     plain, config = configured(Path(path) / "config-router.yaml", overrides)  # other test rows change no training row
-    run = open_run(path)
+    run = open_run(path, mesh=asked_mesh(config, overrides))
     held = load_held_out(config, names, run.backbone)
     if config.data != plain.data:
         warn_of_test({"": [plain]}, {"test questions": [pair.chosen.question for pair in held.pairs]})

@@ -24,13 +24,15 @@ from trinityx_jax.commands import data, planning, routing, vectors
 from trinityx_jax.commands.common import NO, OK, Config, Out, Overrides, Run, Source, own_options, parse_weights, show
 from trinityx_jax.errors import UserError
 from trinityx_jax.parallel.compilation import keep_compiled
-from trinityx_jax.parallel.multihost import HostsMissing, is_first, join_hosts
+from trinityx_jax.parallel.multihost import HostsMissing, join_hosts
+from trinityx_jax.sections import MeshConfig
 from trinityx_jax.signals import interruptible
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 BAD_INPUT, STOPPED = 2, 75
 DRY_RUN = "--dry-run"
-ON_MANY_HOSTS = ("train-experts", "train-router")
+TRAINING = ("train-experts", "train-router")
+ON_MANY_HOSTS = (*TRAINING, "evaluate", "generate")
 # commands that take --key.sub VALUE overrides
 MANY = ("train-experts", "train-router", "calibrate", "compare", "sweep", "data show", "evaluate", "plan")
 
@@ -114,9 +116,8 @@ def train_experts(config: Config, overrides: Overrides = (), dry_run: bool = Fal
         return OK
     backbone = load_backbone(settings.model, settings.dtype, mesh=settings.mesh)
     vectors = expert_stage.train_experts(settings, backbone)
-    if is_first():
-        for name in vectors:
-            print(f"wrote {run.path / 'experts' / name}")
+    for name in vectors:
+        print(f"wrote {run.path / 'experts' / name}")
     return OK
 
 
@@ -141,8 +142,7 @@ def train_router(config: Config, overrides: Overrides = (), dry_run: bool = Fals
         return OK
     backbone = load_backbone(settings.model, settings.dtype, mesh=settings.mesh)
     router_stage.train_router(settings, backbone, router_stage.stage_experts(settings, backbone))
-    if is_first():
-        print(f"wrote {run.path / 'router'}")
+    print(f"wrote {run.path / 'router'}")
     return OK
 
 
@@ -159,6 +159,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     template: str = "auto",
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008
 ) -> int:
     """Answer prompts with the routed model, one expert, or a weighted combination.
 
@@ -175,6 +176,7 @@ def generate(
         top_p: sample from the likeliest tokens of this mass.
         seed: of the sampling; 0 by default.
         template: auto, chat, alpaca, trinityx, or none for the bare prompt.
+        mesh: devices along each axis.
     """
     from trinityx_jax.generation import Sampling
     from trinityx_jax.generation.answers import answer_prompts
@@ -195,6 +197,7 @@ def generate(
         sampling=sampling,
         template=template,
         seed=seed or 0,
+        mesh=mesh,
     )
     for text, answer in zip(texts, answers, strict=True):
         if len(texts) > 1:
@@ -354,7 +357,7 @@ def _call(name: str, words: list[str]) -> int:
     if name not in MANY or {"-h", "--help"} & set(words):
         return tyro.cli(function, args=words, **options)
     switches = {}
-    if name in ON_MANY_HOSTS and DRY_RUN in words:
+    if name in TRAINING and DRY_RUN in words:
         words, switches = [word for word in words if word != DRY_RUN], {"dry_run": True}
     if not words or words[0].startswith("-"):
         what, first = ("run folder", "RUN") if name in ("evaluate", "calibrate") else ("configuration file", "CONFIG")

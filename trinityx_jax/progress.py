@@ -52,17 +52,9 @@ class _Bar(Progress):
         self.rich.update(self._task, advance=steps, note=note)
 
 
-class _Quiet(Progress):
-    def advance(self, note: str = "", steps: int = 1) -> None:
-        self.done += steps
-
-
 @contextmanager
-def progress(label: str, total: int, done: int = 0, quiet: bool = False) -> Iterator[Progress]:
-    """A ``Progress`` fit for where standard output goes; ``quiet`` shows nothing."""
-    if quiet:
-        yield _Quiet(label, total, done)
-        return
+def progress(label: str, total: int, done: int = 0) -> Iterator[Progress]:
+    """A ``Progress`` fit for where standard output goes."""
     if not sys.stdout.isatty():
         yield Progress(label, total, done)
         return

@@ -324,8 +324,11 @@ class OpenRun:
     router: Router | None
 
 
-def open_run(path: str | Path, routed: bool = False) -> OpenRun:
+def open_run(path: str | Path, routed: bool = False, mesh: MeshConfig | None = None) -> OpenRun:
     """Load everything a run holds, from the base model it names.
+
+    Args:
+        mesh: to lay the base out on; by default an automatic one, whatever it was trained on.
 
     Raises:
         UserError: it is not a run folder, or its base is gone or another one; stage 2 has not finished and ``routed``
@@ -334,7 +337,7 @@ def open_run(path: str | Path, routed: bool = False) -> OpenRun:
     folder = RunFolder(path)
     base = folder.info()["base"]
     router = load_router(path, base["fingerprint"]) if routed or folder.done("router") else None
-    backbone = load_backbone(base["model"], base["dtype"], mesh=MeshConfig())
+    backbone = load_backbone(base["model"], base["dtype"], mesh=mesh or MeshConfig())
     vectors = load_experts(path, base["fingerprint"], backbone.config)
     check_base(f"{path}: the run", base["fingerprint"], backbone.fingerprint)
     return OpenRun(folder, base["model"], backbone, vectors, router)

@@ -75,9 +75,7 @@ def succeeded(done: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "script", ["gpu_node.sh", *(pytest.param(name, marks=pytest.mark.slow) for name in ("slurm.sbatch", "tpu_vm.sh"))]
-)
+@pytest.mark.parametrize("script", ["gpu_node.sh", "slurm.sbatch", "tpu_vm.sh"])
 def test_a_dry_run_is_the_real_entry_point_s(script: str, dry: list[str], environment: dict, tmp_path: Path) -> None:
     succeeded(run(["bash", f"launch/{script}", *dry], environment), tmp_path)
 

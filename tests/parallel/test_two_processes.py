@@ -20,6 +20,7 @@ from trinityx_jax import cli
 from trinityx_jax.training.recorder import MEASURED
 
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+NAMES = ("helpful", "harmless", "honest")
 MESH = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
 
 
@@ -44,9 +45,11 @@ def finish(running: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
     return [process.returncode for process in running], said
 
 
-def run(words: list[str], processes: int) -> None:
+def run(words: list[str], processes: int) -> list[str]:
+    """What each said."""
     codes, said = finish(start(words, processes))
     assert codes == [0] * processes, "\n".join(said)[-4000:]
+    return said
 
 
 def measured(folder: Path) -> list[dict[str, Any]]:
@@ -76,19 +79,19 @@ def near(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def both(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Both stages, in this process and in two; stage 1 keeps each expert's best."""
+    """Both stages, in this process and in two; they keep each expert's best, and the router's."""
     folder = tmp_path_factory.mktemp("hosts")
     early = ["--train.evaluate_every", "1", "--train.patience", "2"]
-    for name in ("helpful", "harmless", "honest"):
+    for name in NAMES:
         early += [f"--data.{name}.validation", "0.2"]
-    stages = ["train-experts", str(tiny_config), *early], ["train-router", str(tiny_config.with_name("router.yaml"))]
-    for words in stages:
+    router = str(tiny_config.with_name("router.yaml"))
+    steep = ["--train.learning_rate", "0.1"]  # so that one step is the best by more than rounding
+    for words in ["train-experts", str(tiny_config), *early], ["train-router", router, *early, *steep]:
         assert cli.main([*words, "--out", str(folder / "one")]) == 0
         run([*words, "--out", str(folder / "two"), *MESH], 2)
     return folder / "one", folder / "two"
 
 
-@pytest.mark.slow
 def test_both_stages_are_those_of_one_process(both: tuple[Path, Path]) -> None:
     near(*both)
     one, other = (json.loads((path / "run.json").read_text()) for path in both)
@@ -97,6 +100,46 @@ def test_both_stages_are_those_of_one_process(both: tuple[Path, Path]) -> None:
     assert one["settings"] == other["settings"] and one["base"] == other["base"]
     steps = [json.loads((path / "experts" / "honest" / "expert.json").read_text())["origin"]["steps"] for path in both]
     assert steps[0] == steps[1]  # the best one's
+
+
+@pytest.mark.slow
+def test_evaluation_and_answers_are_those_of_one_process(both: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of the same run; a system whose scores are kept is not scored again by either. The first alone speaks."""
+    out, prompts = ["--out", str(tmp_path / "one")], tmp_path / "prompts.txt"
+    prompts.write_text("What is a cat?\nWhy is the sky blue?\n")
+    assert cli.main(["evaluate", str(both[0]), *out, "--evaluate.max_new_tokens", "4"]) == 0
+    words = ["evaluate", str(both[0]), "--out", str(tmp_path / "two"), "--evaluate.max_new_tokens", "4", *MESH]
+    said = run(words, 2)
+    assert "perplexity" in said[0] and f"wrote {tmp_path / 'two' / 'results.json'}" in said[0]
+    assert "wrote" not in said[1] and "perplexity" not in said[1]
+    files = [tmp_path / name for name in ("one", "two")]
+    for name in ("results.json", "answers.json"):
+        alike(*(json.loads((path / name).read_text()) for path in files))
+    (tmp_path / "two" / "scores" / "MoCaE.npz").unlink()
+    (tmp_path / "two" / "results.json").rename(tmp_path / "before.json")
+    run(words, 2)
+    alike(*(json.loads(path.read_text()) for path in (tmp_path / "before.json", files[1] / "results.json")))
+    words = ["generate", str(both[0]), "--prompts", str(prompts), "--show-routing", "--max-new-tokens", "6"]
+    alone, several = run(words, 1)[0], run([*words, *MESH], 2)
+    assert several[0].splitlines()[-6:] == alone.splitlines()[-6:]
+    assert "What is a cat?" in alone and "helpful" in alone and "What is a cat?" not in several[1]
+
+
+def alike(one: Any, other: Any, where: str = "") -> None:
+    """The same JSON, numbers to rounding."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key, value in one.items():
+            alike(value, other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            alike(a, b, f"{where}[{index}]")
+    elif isinstance(one, float):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-5), where
+    else:
+        assert one == other, where
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from trinityx_jax.files import write_json
 from trinityx_jax.generation.answers import answer_routing
 from trinityx_jax.generation.decode import generate_ids
 from trinityx_jax.mocae import Router
+from trinityx_jax.parallel.multihost import on_first
 from trinityx_jax.progress import progress
 
 
@@ -80,4 +81,4 @@ def side_by_side(
             {"objective": name, "prompt": example.prompt, "reference": example.response}
             | {"answers": answers, "tokens": tokens}
         )
-    write_json(out / "answers.json", {"made_of": made_of(vectors, router), "answers": rows})
+    on_first(write_json, out / "answers.json", {"made_of": made_of(vectors, router), "answers": rows})

@@ -25,6 +25,7 @@ from trinityx_jax.experts import TaskVector
 from trinityx_jax.files import write_json
 from trinityx_jax.mocae import Router
 from trinityx_jax.mocae.calibration import pooled_rows, row_weights
+from trinityx_jax.parallel.multihost import on_all, on_first
 from trinityx_jax.progress import progress
 from trinityx_jax.runs import routed
 
@@ -105,7 +106,7 @@ def evaluate(
         results |= _multiple_choice(config, scorer, compared, router, names, out, key)
     if router is not None:
         results |= _routing(config, backbone, scorer, router, held, scores[MOCAE], before)
-    write_json(out / "results.json", {"made_of": made_of(vectors, router), **results})
+    on_first(write_json, out / "results.json", {"made_of": made_of(vectors, router), **results})
     return results
 
 
@@ -290,13 +291,15 @@ def _digest(parts: Sequence[bytes], start: str) -> str:
 def _stored(path: Path, key: str, bar: Any, batches: int, compute: Any) -> Scores:
     """Scores from ``path`` where they were made of the same inputs, else computed and kept there."""
     data = store.load(path, key)
-    if data is not None and data.keys() >= {"nll", "tokens", "lengths", "token_pi", "layer_pi"}:
+    whole = data is not None and data.keys() >= {"nll", "tokens", "lengths", "token_pi", "layer_pi"}
+    if on_all(whole) and data is not None:
         bar.advance("kept", steps=batches)
         ends = np.cumsum(data["lengths"])[:-1]
         token_pi = np.split(data["token_pi"], ends) if len(data["lengths"]) else []
         return Scores(data["nll"], data["tokens"], token_pi, data["layer_pi"] if len(data["lengths"]) else None)
     scores = compute()
-    store.save(
+    on_first(
+        store.save,
         path,
         key,
         nll=scores.nll,

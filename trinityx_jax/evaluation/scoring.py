@@ -20,7 +20,7 @@ from trinityx_jax.evaluation import continuations
 from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.mocae import Router, hidden_states, token_routing
 from trinityx_jax.mocae.model import prepared
-from trinityx_jax.parallel.sharding import batch_shards, mesh_of, on_mesh, put_batch, put_trained, replicated
+from trinityx_jax.parallel.sharding import batch_shards, mesh_of, on_mesh, put, put_batch, put_trained, replicated
 from trinityx_jax.training.loss import slots_of, supervised_nll
 
 
@@ -121,11 +121,11 @@ class Scorer:
             if router is None:
                 nll[index] = np.asarray(run(arrays))[own]
             else:
-                found, pi, layers = run(arrays)
-                nll[index] = np.asarray(found)[own]
+                found, pi, layers = map(np.asarray, run(arrays))
+                nll[index] = found[own]
                 for row, i in enumerate(index):
-                    token_pi[int(i)] = np.asarray(pi[row])[batch.mask[row]]
-                    layer_pi[int(i)] = np.asarray(layers[row])
+                    token_pi[int(i)] = pi[row][batch.mask[row]]
+                    layer_pi[int(i)] = layers[row]
             on_batch()
         _check_finite(nll)
         if router is None:
@@ -151,7 +151,7 @@ class Scorer:
         return run
 
     def _run(self, weights: np.ndarray | None, router: Router | None) -> tuple[Any, tuple[Any, Any, Any]]:
-        router = jax.device_put(router, replicated(self.mesh))
+        router = put(router, replicated(self.mesh))
         experts = None
         if self.experts is not None:
             experts = put_trained(jax.jit(prepared)(self.base, self.experts, router), self.mesh)

@@ -14,7 +14,7 @@ from trinityx_jax.evaluation.heldout import asked, evaluate
 from trinityx_jax.evaluation.multiple_choice import CHOICES
 from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import load_uncalibrated, open_run
-from trinityx_jax.sections import TEST_KEYS, UNSEEN, EvaluateConfig
+from trinityx_jax.sections import TEST_KEYS, UNSEEN, EvaluateConfig, MeshConfig
 from trinityx_jax.training.seen import warn_of_test
 
 CALIBRATION_KEYS = ("batch_size", "bootstrap")  # of evaluate, which a calibration reads
@@ -26,7 +26,8 @@ def evaluate_run(
     """Evaluate a run's systems on the test rows its configuration names, and answer some of their prompts.
 
     Args:
-        overrides: ``--key.sub``, value, ... of test rows and of ``evaluate``; other test rows need their own ``out``.
+        overrides: ``--key.sub``, value, ... of test rows, of ``evaluate`` and of ``mesh`` (training's may be of other
+            devices); other test rows need their own ``out``.
 
     Returns:
         the results, and the path of ``results.json``.
@@ -45,7 +46,7 @@ def evaluate_run(
     if not found:
         raise UserError(f"{folder.path}: holds no configuration (config-experts.yaml)")
     trained, config = configured(found[0], overrides)
-    opened = open_run(run)
+    opened = open_run(run, mesh=asked_mesh(config, overrides))
     before = load_uncalibrated(folder, opened.router)
     target = folder.path / "evaluation" if out is None else Path(out)
     _warn(config, trained)
@@ -84,17 +85,28 @@ def configured(file: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunConf
     return plain, load_config(file, overrides)
 
 
+def asked_mesh(config: RunConfig, overrides: Sequence[str]) -> MeshConfig:
+    """The mesh of the ``--mesh.KEY`` overrides alone: that of training may be of other devices."""
+    keys = [flag.removeprefix("--mesh.") for flag in overrides[::2] if flag.startswith("--mesh.")]
+    return MeshConfig(**{key: getattr(config.mesh, key) for key in keys})
+
+
 def check_overrides(overrides: Sequence[str], out: str | Path | None, calibration: bool = False) -> None:
     """Raise UserError where an override is not of an evaluation (or of a calibration, which reads unseen rows too)."""
     known = (*TEST_KEYS, *UNSEEN) if calibration else TEST_KEYS
     settings = CALIBRATION_KEYS if calibration else tuple(EvaluateConfig.model_fields)
     for flag in overrides[::2]:
         section, *keys = flag.removeprefix("--").split(".")
-        if section == "evaluate" and not keys:
-            raise UserError(f"{flag}: name one of its keys, such as --evaluate.batch_size")
+        if section in ("evaluate", "mesh") and not keys:
+            such = "evaluate.batch_size" if section == "evaluate" else "mesh.fsdp"
+            raise UserError(f"{flag}: name one of its keys, such as --{such}")
         if section == "data" and len(keys) >= 2 and keys[1] in known:
             if out is None and not calibration:
                 raise UserError(f"{flag}: results on other test rows need a folder of their own (--out)")
+        elif section == "mesh":
+            continue
         elif section != "evaluate" or (keys[0] in EvaluateConfig.model_fields and keys[0] not in settings):
-            have = ", ".join([*(f"data.NAME.{key}" for key in known), *(f"evaluate.{key}" for key in settings)])
+            have = ", ".join(
+                [*(f"data.NAME.{key}" for key in known), *(f"evaluate.{key}" for key in settings), "mesh.KEY"]
+            )
             raise UserError(f"{flag}: has no effect here ({have} have)")

@@ -17,8 +17,9 @@ from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.generation.decode import BATCH, generate_ids, prompt_ids, stored_dtype
 from trinityx_jax.generation.sampling import Sampling
 from trinityx_jax.mocae import Router, hidden_states, token_routing
-from trinityx_jax.parallel.sharding import on_mesh
+from trinityx_jax.parallel.sharding import mesh_of, on_mesh, on_this_host
 from trinityx_jax.runs import open_run, routed
+from trinityx_jax.sections import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +40,14 @@ def answer_prompts(
     sampling: Sampling,
     template: str,
     seed: int,
+    mesh: MeshConfig | None = None,
 ) -> list[Answer]:
     """Answer prompts with a run's routed model, or with static expert ``weights`` (empty: the base).
 
     Raises:
         UserError: the run has no router or expert of that name, or a prompt is empty.
     """
-    opened = open_run(run, routed=weights is None)
+    opened = open_run(run, routed=weights is None, mesh=mesh)
     router = opened.router if weights is None else None
     vectors = opened.vectors if router is None else routed(opened.vectors, router)
     prompt = prompt_ids(opened.backbone, prompts, template)
@@ -81,8 +83,10 @@ def answer_routing(
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
     experts = stack([vectors[name] for name in router.names])
     kind = dtype or stored_dtype(backbone)
-    with on_mesh(backbone.params):
-        pi = np.asarray(_routing(backbone.params, experts, router, tokens, mask, config=backbone.config, dtype=kind))
+    mesh = mesh_of(backbone.params)
+    with on_mesh(mesh):
+        found = _routing(backbone.params, experts, router, tokens, mask, config=backbone.config, dtype=kind)
+        pi = np.asarray(on_this_host(found, mesh))
     return [pi[i, len(p) : len(p) + len(a)] for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
 
 

@@ -19,7 +19,7 @@ from trinityx_jax.experts.lora import check_fits
 from trinityx_jax.generation.sampling import Sampling, choose
 from trinityx_jax.mocae import Router, hidden_states
 from trinityx_jax.mocae.model import prepared
-from trinityx_jax.parallel.sharding import on_mesh
+from trinityx_jax.parallel.sharding import mesh_of, on_mesh, on_this_host
 
 BATCH = 32  # prompts decoded together
 PROMPT_MULTIPLE = 32  # prompts are left-padded to this, so that few shapes are compiled
@@ -112,12 +112,14 @@ def generate_ids(
     ends = end_ids(backbone)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed: must be a whole number from 0 to {2**32 - 1}, is {seed}")
-    with on_mesh(backbone.params):
+    mesh = mesh_of(backbone.params)
+    with on_mesh(mesh):
         out, finite = decode(
             backbone.params, stacked, router, static, tokens, mask, jax.random.key(seed),
             config=backbone.config, count=max_new_tokens, ends=ends, sampling=sampling or Sampling(),
             dtype=dtype or stored_dtype(backbone),
         )  # fmt: skip
+        out, finite = on_this_host((out, finite), mesh)
     if not bool(finite):
         raise UserError("the model's logits are not finite: weights, of experts, router or merge, are too large")
     answers = []

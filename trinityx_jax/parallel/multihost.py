@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,7 @@ def join_hosts() -> None:
             jax.config.update(f"jax_{kind}_visible_devices", "all")
     if not is_first():
         logging.getLogger().setLevel(logging.ERROR)  # the first says it
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _alone_on_host() -> bool:
@@ -87,6 +89,13 @@ def on_first(function: Callable[..., Any], *arguments: Any, **options: Any) -> N
 def agreed(value: Any) -> Any:
     """The first process's value, everywhere."""
     return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
+
+
+def on_all(value: bool) -> bool:
+    """Whether it is so on every host; all have to ask."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
 
 
 def stop_is_agreed(step: int, asked: bool) -> bool:

@@ -193,5 +193,8 @@ def test_commands_take_all_devices(
     assert "mesh: expert 1 x tensor 3 does not make up 8 devices" in capsys.readouterr().err
     assert cli.main(["train-experts", str(tiny_config), *out, "--mesh.expert", "2"]) == 0
     assert cli.main(["train-router", router, *out, "--mesh.fsdp", "2"]) == 0
-    assert cli.main(["evaluate", out[1], "--evaluate.max_new_tokens", "4"]) == 0
-    assert cli.main(["generate", out[1], "--prompt", "Hello", "--max-new-tokens", "4"]) == 0
+    assert cli.main(["evaluate", out[1], "--evaluate.max_new_tokens", "4", "--mesh.tensor", "2"]) == 0
+    assert cli.main(["generate", out[1], "--prompt", "Hello", "--max-new-tokens", "4", "--mesh.tensor", "2"]) == 0
+    for words in ["evaluate", out[1]], ["generate", out[1], "--prompt", "Hello"]:
+        assert cli.main([*words, "--mesh.tensor", "3"]) == 2
+        assert "mesh: expert 1 x tensor 3 does not make up 8 devices" in capsys.readouterr().err
