@@ -83,6 +83,61 @@ def test_collectives_send_what_their_groups_share() -> None:
     assert work.flops == 2 * 8 * 128 * 64
 
 
+PLACES = """
+%relaid (x: pred[32,8,128]) -> pred[32,8,128] {
+  %x = pred[32,8,128]{2,1,0:T(8,128)(4,1)} parameter(0)
+  ROOT %moved = pred[32,8,128]{2,1,0:T(8,128)(4,1)} copy(%x)
+}
+
+%of_stack (s: pred[32,8,128], i: s32[]) -> f32[8,128] {
+  %s = pred[32,8,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %same = pred[32,8,128]{2,1,0:T(8,128)(4,1)} fusion(%s), output_to_operand_aliasing={{}: (0, {})}, calls=%relaid
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = pred[1,8,128]{2,1,0} dynamic-slice(%same, %i, %zero, %zero), dynamic_slice_sizes={1,8,128}
+  %flat = pred[8,128]{1,0} bitcast(%one)
+  ROOT %wide = f32[8,128]{1,0} convert(%flat)
+}
+
+%done (part: bf16[1,128], room: bf16[4,128]) -> bf16[4,128] {
+  %part = bf16[1,128]{1,0} parameter(0)
+  %room = bf16[4,128]{1,0} parameter(1)
+  %gathered = bf16[4,128]{1,0} all-gather(%part), channel_id=9, replica_groups=[4,4]<=[16], dimensions={0}
+  ROOT %end = bf16[4,128]{1,0} custom-call(%part, %room, %gathered), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (s: pred[32,8,128], i: s32[], q: bf16[128,64], part: bf16[1,128], room: bf16[4,128]) -> f32[8,128] {
+  %s = pred[32,8,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %q = bf16[128,64]{1,0:T(8,128)(2,1)} parameter(2)
+  %part = bf16[1,128]{1,0} parameter(3)
+  %room = bf16[4,128]{1,0} parameter(4)
+  LINE
+  ROOT %own = f32[8,128]{1,0:S(1)} fusion(%s, %i), calls=%of_stack
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "more"),
+    [
+        ("", 0),
+        # of a slice that goes to fast memory, its bytes are read; of one that stays outside, written too
+        (
+            "%b = ((bf16[128,64]{1,0}), bf16[32,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%q), slice={[0:32], [0:64]}",
+            4096,
+        ),
+        ("%b = ((bf16[128,64]{1,0}), bf16[32,64]{1,0}, s32[]{:S(2)}) slice-start(%q), slice={[0:32], [0:64]}", 8192),
+        ("%b = (bf16[128,64]{1,0:S(1)}, bf16[128,64]{1,0}, u32[]{:S(2)}) copy-start(%q)", 128 * 64 * 2),
+        # the parts of a collective between other work are the collective
+        ("%b = bf16[4,128]{1,0} fusion(%part, %room), output_to_operand_aliasing={{}: (1, {})}, calls=%done", 5 * 256),
+    ],
+)
+def test_traffic_of_a_tpu_s_program_is_that_of_main_memory(line: str, more: int) -> None:
+    """Of a stack that is sliced behind a change of its layout, the slice."""
+    assert read(PLACES.replace("LINE", line)).memory == 8 * 128 + more
+
+
 COUNTED = """
 %body (b: (u32[], f32[4,4])) -> (u32[], f32[4,4]) {
   %b = (u32[], f32[4,4]{1,0}) parameter(0)

@@ -14,6 +14,7 @@ _BYTES = {"pred": 1, "token": 0, "bf16": 2, "c64": 8, "c128": 16}
 _SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computations)=\{?(%[^,\s}]+(?:, ?%[^,\s}]+)*)")
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "iota"}
+_IN_PLACE = "output_to_operand_aliasing={{}: (0, {})}"  # the same bytes, in another layout
 _ENTERED = {"while", "conditional", "call", "async-start"}
 
 
@@ -144,9 +145,13 @@ class _Reader:
             return 2.0 * _far(line.shapes)
         if line.kind == "dynamic-update-slice":
             return 2.0 * _far(lines[line.operands[1]].shapes) if line.operands[1] in lines else 0.0
-        if line.kind.endswith("-start"):  # the first of its results is what it makes
-            return 2.0 * line.shapes[0].bytes
+        if line.kind.endswith("-start"):  # slices begin with what is sliced, copies with what they make
+            made = line.shapes[1:2] if line.kind == "slice-start" else line.shapes[:1]
+            from_far = any(_far(lines[name].shapes) for name in line.operands[:1] if name in lines)
+            return float(_far(made) + from_far * sum(shape.bytes for shape in made))
         inside = self._inside(line)
+        if any('custom_call_target="AsyncCollective' in x.text for x in inside.values()):  # with the collective, too
+            return 0.0
         read = 0.0
         for index, name in enumerate(line.operands):
             if name in lines and _far(lines[name].shapes):
@@ -171,7 +176,7 @@ class _Reader:
                 continue
             if line.kind in ("dynamic-slice", "slice"):
                 more: float | None = line.shapes[0].bytes if line.operands[0] == name else 0.0
-            elif line.kind == "bitcast":
+            elif line.kind == "bitcast" or (line.kind == "fusion" and _IN_PLACE in line.text):
                 more = self._read_of(inside, line.name)
             elif line.kind == "fusion":
                 more = self._used(self._inside(line), line.operands.index(name))

@@ -80,8 +80,10 @@ def near(one: RunConfig, other: RunConfig) -> None:
     for first, second in pairs:
         assert first.keys() == second.keys()
         for key, value in first.items():
-            # of a gradient's norm and of what a step of it left more is lost than of a loss
-            assert second[key] == pytest.approx(value, rel=1e-5 if "loss" in key else 1e-3, abs=1e-7), key
+            # of a gradient's norm and of what a step of it left more is lost than of a loss; divergences from the
+            # step before are squares of that
+            far = 2e-3 if key in ("kl", "loss_kl") else 1e-5 if "loss" in key else 1e-3
+            assert second[key] == pytest.approx(value, rel=far, abs=1e-7), key
 
 
 @pytest.fixture(scope="module")
