@@ -86,7 +86,7 @@ def guarded_steps():
     import jax
 
     from trinityx_jax.training.expert_stage import _Group
-    from trinityx_jax.training.router_stage import _Stage
+    from trinityx_jax.training.router_work import RouterWork
 
     def within(step):
         def guarded(*arguments):
@@ -96,7 +96,7 @@ def guarded_steps():
         return guarded
 
     with pytest.MonkeyPatch.context() as patch:
-        for stage in (_Group, _Stage):
+        for stage in (_Group, RouterWork):
             patch.setattr(stage, "step", within(stage.step))
         yield
 

@@ -19,7 +19,7 @@ from trinityx_jax.training.recorder import MEASURED
 DATA = "trinityx_jax.data.batching:TrainingBatches.batch"
 STEP = {
     "experts": "trinityx_jax.training.expert_stage:_Group.step",
-    "router": "trinityx_jax.training.router_stage:_Stage.step",
+    "router": "trinityx_jax.training.router_work:RouterWork.step",
 }
 SAVE, SEAL = ("trinityx_jax.training.checkpoint:Checkpoints." + name for name in ("save", "_seal"))
 KEEP = {"experts": "trinityx_jax.training.expert_stage:", "router": "trinityx_jax.training.router_stage:"}

@@ -1,0 +1,179 @@
+"""Stage 2's training as the loop sees it: batches of all objectives, the compiled step, what is measured between."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trinityx_jax.backbone import Backbone
+from trinityx_jax.backbone.products import packed
+from trinityx_jax.config import RunConfig
+from trinityx_jax.data.batching import Batch, Split, TrainingBatches, evaluation_batches, validation_batches
+from trinityx_jax.errors import UserError
+from trinityx_jax.experts import TaskVector, stack
+from trinityx_jax.mocae import Router
+from trinityx_jax.mocae.model import prepared
+from trinityx_jax.parallel.sharding import batch_shards, mesh_of, on_this_host, put, put_trained, replicated, split_of
+from trinityx_jax.training.flops import router_flops
+from trinityx_jax.training.loop import run_steps
+from trinityx_jax.training.programs import RouterProgram, router_start
+from trinityx_jax.training.rows import Rows, pad_id
+from trinityx_jax.training.state import TrainState, after_validation
+from trinityx_jax.training.step import after_stage_2, trained_experts
+from trinityx_jax.training.validation import gammas, held_out_sums, mean_losses, mixture_sums
+
+log = logging.getLogger(__name__)
+TOLD = ("streak", "skipped", "back_to", "diverged")  # metrics that are told apart
+
+
+class RouterWork:
+    """The router's training (``loop.Work``)."""
+
+    def __init__(
+        self, config: RunConfig, backbone: Backbone, rows: Rows, vectors: Mapping[str, TaskVector], router: Router
+    ):
+        train = config.train
+        self.config, self.backbone, self.rows, self.router = config, backbone, rows, router
+        self.names = tuple(rows.train)
+        self.mesh = mesh_of(backbone.params)
+        self._constants = put(router, replicated(self.mesh))
+        self.experts = put_trained(stack(list(vectors.values())), self.mesh)
+        self.base, split = packed(backbone.params), split_of(self.mesh)
+        self.batches = TrainingBatches(
+            rows.train, train.batch_size, pad_id(backbone), config.seed + 1, join=True, split=split
+        )
+        self.total = train.steps or _steps_of_epochs(self.batches, train.epochs)
+        shapes = jax.eval_shape(self._start)
+        self.program = RouterProgram(config, backbone.config, self.total, self.mesh, shapes)
+        key = functools.partial(jax.random.key, config.seed + 2)
+        self.key = jax.jit(key, out_shardings=replicated(self.mesh))()
+        self._held = self._held_out() if train.evaluate_every is not None else []
+        self._sums = mixture_sums(backbone.config, self.program.dtype, self.mesh)
+        self._after = jax.jit(after_validation, donate_argnums=0, out_shardings=self.program.shardings)
+        self._gamma = self._gammas() if router.config.gamma_dynamic else {}
+        once = not router.config.train_experts and router.config.mixing != "full"  # which would be E bases
+        self._served = self.experts
+        if once:  # cast and laid out
+            self._served = put_trained(jax.jit(prepared)(self.base, self.experts, self._constants), self.mesh)
+
+    def train(self, folder: Path, about: Mapping[str, Any]) -> tuple[Router, Any, int]:
+        """The trained router, its stacked experts and the step that they are of, from the newest checkpoint on."""
+        state = run_steps(
+            self.start(), self, self.total, self.config, stage="router", folder=folder,
+            about=about, mesh=self.mesh, split=self.program.split,
+        )  # fmt: skip
+        if int(state.skipped) >= int(state.step):
+            raise UserError("router: no step had a finite loss, gradient and result; nothing was learned")
+        if int(state.skipped):
+            log.warning("router: %d steps were not finite and changed nothing", int(state.skipped))
+        step, leaves = int(state.step), state.params
+        if state.best is not None and state.best_step is not None:
+            step, leaves = int(state.best_step), state.best
+        trained, experts = on_this_host((leaves, self.experts), self.mesh)
+        return *after_stage_2(trained, self._at(step), experts), step
+
+    def start(self) -> TrainState:
+        """The state before the first step."""
+        return put(self._start(), self.program.shardings)
+
+    def _start(self) -> TrainState:
+        return router_start(self.config, self.backbone.config, self.router, self.experts)
+
+    def active(self, state: TrainState) -> tuple[str, ...]:
+        patience = self.config.train.patience
+        return () if patience is not None and int(np.asarray(state.waited)) >= patience else self.names
+
+    def until(self, step: int) -> int:
+        every = self.config.train.evaluate_every
+        return self.total if every is None else step - step % every + every
+
+    def serve(self, start: int, stop: int, names: tuple[str, ...]) -> Iterator[Batch]:
+        return self.batches.serve(start, stop, names)
+
+    def step(self, state: TrainState, batch: Mapping[str, Any], names: tuple[str, ...]) -> tuple[TrainState, Any]:
+        router = self._constants
+        if self._gamma:  # asking the step would wait for it
+            gamma = put(self._at(int(state.step)).gamma, replicated(self.mesh))
+            router = dataclasses.replace(router, gamma=gamma)
+        return self.program.update(state, self.base, self._served, router, self.key, batch)
+
+    def flops(self, batch: Batch, names: tuple[str, ...]) -> float:
+        context, count = batch.pairs / max(batch.token_count, 1), len(self.router.names)
+        rank, trained = next(iter(self.experts.values()))["a"].shape[-1], self.router.config.train_experts
+        return router_flops(
+            self.backbone.config, batch.token_count, context, batch.supervised, rank, list(self.experts), count, trained
+        )
+
+    def describe(self, metrics: Any, names: tuple[str, ...]) -> dict[str, float]:
+        out = {k: float(v) for k, v in metrics.items() if k not in ("load", *TOLD)}
+        if metrics["skipped"]:
+            out["skipped"] = int(metrics["skipped"])
+        return out | {f"load/{n}": float(x) for n, x in zip(self.router.names, metrics["load"], strict=True)}
+
+    def validate(self, state: TrainState, names: tuple[str, ...]) -> tuple[TrainState, dict[str, float]]:
+        """The mixture's held-out loss on each objective's rows, and the dynamic gamma that the next steps have."""
+        if self.config.train.evaluate_every is None:
+            return state, {}
+        own = self._at(int(state.step))
+        placed = put(own, replicated(self.mesh))
+        router, experts = after_stage_2(state.params, placed, self._served)
+        whole = Split(batch_shards(self.mesh))
+        losses = mean_losses(self._sums, (self.base, experts, router), self._held, self.mesh, whole)
+        values = {f"validation/{n}": float(x) for n, x in zip(self.names, losses, strict=True)}
+        if self._gamma:
+            values |= {f"gamma/{n}": float(x) for n, x in zip(self.names, own.gamma, strict=True)}
+        return self._after(state, losses.mean().astype(np.float32), np.bool_(True)), values
+
+    def _held_out(self) -> list[Batch]:
+        """Every objective's held-out rows."""
+        held = self.rows.validation
+        labels = np.repeat(np.arange(len(held)), [len(part) for part in held.values()]).tolist()
+        rows, split = [row for part in held.values() for row in part], Split(batch_shards(self.mesh))
+        size, pad = self.config.evaluate.batch_size, pad_id(self.backbone)
+        return [batch for _, batch in evaluation_batches(rows, labels, size, pad, split)]
+
+    def places(self, step: int, bad: np.ndarray, names: tuple[str, ...]) -> list[str]:
+        return [row.place for name in names for slot in self.batches.slots(step, name) for row in slot]
+
+    def _at(self, step: int) -> Router:
+        """The router's constants at a step: gamma has moved once for every evaluation before it."""
+        if not self._gamma:
+            return self.router
+        return dataclasses.replace(self.router, gamma=self._gamma[step // (self.config.train.evaluate_every or 1)])
+
+    def _gammas(self) -> dict[int, jax.Array]:
+        """Dynamic gamma after each evaluation. The experts are frozen, and with them their losses on held-out rows."""
+        held = [row for part in self.rows.validation.values() for row in part]
+        every = self.config.train.evaluate_every or 1
+        if every > self.total:
+            raise UserError(
+                f"train.evaluate_every: {every} is more than the {self.total} steps, and mocae.gamma_dynamic moves "
+                "gamma after an evaluation"
+            )
+        zeros = jax.tree.map(jnp.zeros_like, trained_experts(self.experts))
+        split = self.program.split
+        sums = held_out_sums(self.backbone.config, self.program.dtype, self.mesh, split)
+        shared = dict.fromkeys(self.names, held)
+        batches = validation_batches(shared, self.config.evaluate.batch_size, pad_id(self.backbone), split)
+        losses = [
+            mean_losses(sums, (params, self.base, self.experts), batches, self.mesh, split)
+            for params in (trained_experts(self.experts), zeros)
+        ]
+        return gammas(self.router.gamma, losses[0], losses[1], every, self.total)
+
+
+def _steps_of_epochs(batches: TrainingBatches, epochs: float) -> int:
+    """Steps of so many epochs of the largest objective; the others repeat, which is said where it is much."""
+    total = max(order.steps(epochs) for order in batches.orders.values())
+    seen = {name: epochs * total / order.steps(epochs) for name, order in batches.orders.items()}
+    if max(seen.values()) > 1.5 * min(seen.values()):
+        log.warning("train.epochs: %s", ", ".join(f"{name} is seen {times:.1f} times" for name, times in seen.items()))
+    return total
