@@ -15,7 +15,7 @@ if [ "${1:-}" = --dry-run ]; then
     exec bash launch/tpu_host.sh "$@"
 fi
 if [ $# -lt 4 ]; then
-    echo "usage: bash $0 NAME ZONE [--dry-run] train-experts|train-router CONFIG [--key value ...]" >&2
+    echo "usage: bash $0 NAME ZONE [--dry-run] train-experts|train-router|evaluate|generate CONFIG [--key value ...]" >&2
     exit 2
 fi
 name=$1 zone=$2
@@ -24,7 +24,7 @@ shift 2
 gcloud compute tpus tpu-vm describe "$name" --zone "$zone" >/dev/null || exit 2
 everywhere() { gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "$1"; }
 
-case " $* " in *" train-experts "* | *" train-router "* | *" evaluate "* | *" generate "*) ;; *) echo "tpu_vm: no train-experts in: $*" >&2 && exit 2 ;; esac
+[[ " $* " =~ " "(train-experts|train-router|evaluate|generate)" " ]] || { echo "tpu_vm: no command for it: $*" >&2 && exit 2; }
 words=$(printf '%q ' "$@")
 # what runs there goes on untouched; other words than its own are refused
 running='cd trinityx_jax 2>/dev/null && [ -f .pid ] && kill -0 "$(cat .pid)" 2>/dev/null'

@@ -76,6 +76,8 @@ class RunConfig(Section):
             raise ValueError(f"mocae.top_k: {mocae.top_k} of {len(names)} experts cannot be selected")
         if mocae.lambda_balance and mocae.top_k == len(names):
             raise ValueError("mocae.lambda_balance: has no effect where top_k selects all experts")
+        if self.train.steps is not None and self.profiled()[0] > self.train.steps:
+            raise ValueError(f"profile: {self.profile} begins after the last step, {self.train.steps}")
         losses = (mocae.lambda_entropy, mocae.lambda_kl, mocae.lambda_gate, mocae.lambda_balance)
         if mocae.top_k == 1 < len(names) and not any(losses):
             raise ValueError("mocae.top_k: no router learns from one expert's weight, always 1; set a lambda_gate")

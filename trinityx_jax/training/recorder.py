@@ -39,9 +39,8 @@ class MetricsLog:
         if path.exists():
             lines = [line for line in path.read_bytes().decode("utf-8", "replace").splitlines() if line.strip()]
             entries = [metrics_entry(line) for line in lines]
-            if damaged := sum(
-                entry is None for entry in entries[:-1]
-            ):  # the last was being written as the process died
+            damaged = entries[:-1].count(None)  # the last was being written as the process died
+            if damaged:
                 backup = path.with_name(f"{path.name}.damaged")
                 shutil.copyfile(path, backup)
                 log.warning("%s: %d lines are damaged, and are left out; %s has them", path, damaged, backup.name)
