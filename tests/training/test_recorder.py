@@ -272,7 +272,10 @@ def test_profile_is_a_first_and_a_last_step(text: str, steps: tuple[int, int] | 
         ):
             load_config(tiny_config, ["--profile", text])
     else:
-        assert load_config(tiny_config, ["--profile", text]).profiled() == steps
+        words = ["--profile", text, "--train.steps"]
+        assert load_config(tiny_config, [*words, str(steps[0])]).profiled() == steps
+        with pytest.raises(UserError, match=f"profile: {text} begins after the last step, {steps[0] - 1}"):
+            load_config(tiny_config, [*words, str(steps[0] - 1)])
 
 
 def test_operations_carry_the_name_of_their_part(backbone: Any, configure: Any) -> None:
