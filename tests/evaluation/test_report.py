@@ -276,6 +276,13 @@ def test_a_resumed_step_counts_once() -> None:
     assert figures.loss_curves(resumed) == figures.loss_curves([resumed[0], *resumed[2:]])
 
 
+def test_losses_on_held_out_rows_are_drawn() -> None:
+    lines = [{"stage": "router", "step": s, "loss": 2.0, "validation/helpful": 3.0 / s} for s in (1, 2, 3)]
+    title, colour = "router: loss on held-out rows", figures.PALETTE[0].lower()
+    assert title in (svg := figures.loss_curves(lines, EXPERTS)) and colour in svg
+    assert title not in figures.loss_curves([{"stage": "router", "step": 1, "loss": 2.0}], EXPERTS)
+
+
 def test_an_expert_keeps_its_colour_whatever_was_logged() -> None:
     alone = [{"stage": "experts", "step": s, "loss/honest": 1.0 / s} for s in (1, 2)]
     assert figures.PALETTE[2].lower() in figures.loss_curves(alone, EXPERTS)

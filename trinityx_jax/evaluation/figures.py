@@ -78,19 +78,22 @@ def number(value: Any) -> str:
 
 @matplotlib.rc_context(STYLE)
 def loss_curves(lines: Sequence[Mapping[str, Any]], experts: Sequence[str] = ()) -> str:
-    """Losses by step: each expert's in one panel, then every other stage's terms and its gate accuracy.
+    """Losses by step: a panel of each stage's terms, of its losses on held-out rows, and of its gate accuracy.
 
     Args:
         lines: parsed ``metrics.jsonl``. experts: their order, which fixes the colours; else as they appear.
     """
-    names = dict.fromkeys([*experts, *(k[5:] for line in lines for k in line if k.startswith("loss/"))])
-    colours = {f"loss/{name}": colour for name, colour in expert_colours(list(names)).items()}
+    kinds = {"loss": "loss by step", "validation": "loss on held-out rows"}
+    parts = (k.partition("/") for line in lines for k in line)
+    names = dict.fromkeys([*experts, *(name for kind, _, name in parts if kind in kinds and name)])
+    colours = {f"{kind}/{name}": colour for kind in kinds for name, colour in expert_colours(list(names)).items()}
     panels = []
     for stage in dict.fromkeys(str(line.get("stage", "")) for line in lines):
         rows = [line for line in lines if str(line.get("stage", "")) == stage]
-        keys = dict.fromkeys([*colours, *(k for line in rows for k in line if k.startswith("loss"))])
-        shown = {k: _series(rows, k) for k in keys}
-        panels.append((f"{stage}: loss by step", {k: points for k, points in shown.items() if points}))
+        for kind, title in kinds.items():
+            keys = dict.fromkeys(k for k in (*colours, *(k for line in rows for k in line)) if k.startswith(kind))
+            shown = {k: _series(rows, k) for k in keys}
+            panels.append((f"{stage}: {title}", {k: points for k, points in shown.items() if points}))
         gate = _series(rows, "gate_accuracy")
         panels.append((f"{stage}: share of rows sent to their own expert", {"gate_accuracy": gate} if gate else {}))
     panels = [(title, series) for title, series in panels if series]
