@@ -3,7 +3,8 @@
 # The other launch scripts call it on every host:
 #   bash launch/until_done.sh train-experts CONFIG [--key value ...]      or train-router; --dry-run tries it out
 # TRINITYX_RESTARTS (20): crashes until it gives up. TRINITYX_WAIT (10): seconds between.
-# Ends with the command's code: 0 done; 2 bad input; 75 stopped by a signal, saved; others are crashes.
+# Ends with the command's code: 0 done; 2 bad input; 75 stopped by a signal, saved; others are crashes. With TRINITYX_ENDS,
+# a file, 2 and 75 are written there, and 75 ends as 0 does.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
@@ -13,18 +14,15 @@ fi
 trinityx=${TRINITYX:-trinityx} # the checkout's, where it has one
 [ -n "${TRINITYX:-}" ] || [ ! -x .venv/bin/trinityx ] || trinityx=.venv/bin/trinityx
 words=("$@")
-if [ "$1" = --dry-run ]; then # may stand first
-    words=("${@:2}" --dry-run)
-fi
+[ "$1" != --dry-run ] || words=("${@:2}" --dry-run) # may stand first
 command -v "$trinityx" >/dev/null || { echo "until_done: $trinityx is not installed (pip install -e .)" >&2 && exit 2; }
 for number in "${TRINITYX_RESTARTS:-20}" "${TRINITYX_WAIT:-10}"; do
     [[ $number =~ ^[0-9]+$ ]] || { echo "until_done: $number is no whole number (TRINITYX_RESTARTS, TRINITYX_WAIT)" >&2 && exit 2; }
 done
+ends() { code=$? && case $code in 75) echo 75 >>"$TRINITYX_ENDS" && exit 0 ;; 2) echo 2 >>"$TRINITYX_ENDS" ;; esac; }
+[ -z "${TRINITYX_ENDS:-}" ] || trap ends EXIT
 child='' stopped=''
-stop() {
-    stopped=yes
-    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
-}
+stop() { stopped=yes && [ -z "$child" ] || kill -TERM "$child" 2>/dev/null; }
 trap stop TERM INT
 
 left=${TRINITYX_RESTARTS:-20}

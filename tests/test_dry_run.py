@@ -15,7 +15,7 @@ from trinityx_jax.sections import MeshConfig
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch, quick_compilation: None) -> None:
     """On this process's one device."""
-    monkeypatch.setattr(dry_run, "virtual_devices", lambda mesh: 1)
+    monkeypatch.setattr(dry_run, "virtual_devices", lambda mesh, part: 1)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from trinityx_jax.backbone import BackboneConfig, abstract_params
 from trinityx_jax.backbone.axes import partition
 from trinityx_jax.backbone.products import compiled_for
 from trinityx_jax.config import RunConfig
-from trinityx_jax.data.batching import bucket
+from trinityx_jax.data.batching import bucket, check_parts
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import init_expert, stack
 from trinityx_jax.generation import Sampling
@@ -97,6 +97,7 @@ class Ahead:
         names = config.experts.names[:1] if config.train.mode == "single" else config.experts.names
         program = ExpertProgram(config, self.backbone, names, mesh)
         groups, parts = program.split.groups(len(names)), config.train.accumulate
+        check_parts(config.train.batch_size, parts, program.split)
         share = -(-config.train.batch_size // parts // groups) * groups
         batch = self._batch(share * len(names), None if parts == 1 else parts, len(names) * share)
         state = jax.eval_shape(program.start)
@@ -225,6 +226,7 @@ def compiled(ahead: Ahead, name: str, program: Callable[[], Program]) -> dict[st
             lowered = lower()
     held = {"base": bytes_on_chip(ahead.base)} | {kind: bytes_on_chip(tree) for kind, tree in kinds.items()}
     out: dict[str, Any] = {"program": name, "mesh": dict(ahead.mesh.shape), "held": held, "chip": ahead.chip.name}
+    out["shards"] = split_of(ahead.mesh).shards
     began = time.monotonic()
     try:
         executable = lowered.compile()

@@ -47,7 +47,8 @@ def dry_run(path: str, overrides: Sequence[str], stage: Stage) -> str:
     else:
         router_stage.check_router(config)
         router_stage.router_done(config)
-    count = virtual_devices(config.mesh)
+    part = config.train.batch_size // config.train.accumulate if config.train.accumulate > 1 else 0
+    count = virtual_devices(config.mesh, part)
     backbone = load_backbone(config.model, config.dtype, mesh=config.mesh)
     notes = [f"on {count} virtual devices"]
     with tempfile.TemporaryDirectory(prefix="trinityx-dry-run-") as folder:
@@ -67,14 +68,20 @@ def dry_run(path: str, overrides: Sequence[str], stage: Stage) -> str:
     return f"dry run of stage {stage!r}: {'; '.join(notes)}; nothing was kept"
 
 
-def virtual_devices(mesh: MeshConfig) -> int:
+def virtual_devices(mesh: MeshConfig, part: int = 0) -> int:
     """Have JAX use virtual CPU devices: as many as the mesh says, eight or a little more where it leaves that open.
+
+    Args:
+        part: rows that have to divide among the shards (of an accumulated batch), which fewer devices make fewer.
 
     Raises:
         UserError: devices of another kind or number are in use in this process.
     """
     fixed = math.prod(n for n in (mesh.data, mesh.fsdp, mesh.tensor, mesh.expert) if isinstance(n, int))
-    count = fixed if isinstance(mesh.data, int) and isinstance(mesh.fsdp, int) else fixed * -(-DEVICES // fixed)
+    open_to = 1 if isinstance(mesh.data, int) and isinstance(mesh.fsdp, int) else -(-DEVICES // fixed)
+    while open_to > 1 and part % (open_to * (fixed // mesh.tensor)):
+        open_to -= 1
+    count = fixed * open_to
     if count > MOST_DEVICES:
         raise UserError(f"--dry-run: the mesh takes {count} devices; more than {MOST_DEVICES} are not tried here")
     try:

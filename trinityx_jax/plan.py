@@ -50,9 +50,12 @@ class Plan:
         return TPUS[self.topology.rpartition("*")[2].partition(":")[0]]
 
     @property
+    def slices(self) -> int:
+        return int(self.topology.rpartition("*")[0] or 1)
+
+    @property
     def chips(self) -> int:
-        slices, _, one = self.topology.rpartition("*")
-        return int(slices or 1) * math.prod(int(n) for n in one.partition(":")[2].split("x"))
+        return self.slices * math.prod(int(n) for n in self.topology.partition(":")[2].split("x"))
 
 
 def open_plan(path: str, overrides: Sequence[str], topology: str, stage: str | None) -> Plan:
@@ -127,24 +130,34 @@ def compile_programs(plan: Plan, programs: Sequence[str] | None = None) -> list[
     return found
 
 
-def alternatives(plan: Plan, program: str, mesh: Mapping[str, int]) -> Iterator[dict[str, str]]:
-    """Changes that need less memory, each with those before it, as overrides."""
-    train, rest = plan.config.train, mesh["data"] * mesh["fsdp"]
+def alternatives(plan: Plan, program: str, mesh: Mapping[str, int], shards: int) -> Iterator[dict[str, str]]:
+    """Changes that need less memory, each with those before it, as overrides.
+
+    Args:
+        shards: that a batch's rows are divided into on the mesh.
+    """
+    train, data = plan.config.train, str(plan.slices)  # slices are far apart: data goes across them
+    within = mesh["data"] * mesh["fsdp"] // plan.slices
     out: dict[str, str] = {}
-    if mesh["data"] > 1:
-        out |= {"--mesh.data": "1", "--mesh.fsdp": str(rest)}
+    if mesh["data"] > plan.slices:
+        out |= {"--mesh.data": data, "--mesh.fsdp": str(within)}
         yield dict(out)
     if program == "decode":
-        heads = plan.backbone.num_kv_heads
-        tensor = max(n for n in range(1, rest + 1) if rest % n == 0 and heads % n == 0)
+        heads, within = plan.backbone.num_kv_heads, within * mesh["tensor"]
+        tensor = max(n for n in range(1, within + 1) if within % n == 0 and heads % n == 0)
         if tensor > mesh["tensor"]:
-            yield {"--mesh.data": "1", "--mesh.fsdp": str(rest // tensor), "--mesh.tensor": str(tensor)}
+            yield {"--mesh.data": data, "--mesh.fsdp": str(within // tensor), "--mesh.tensor": str(tensor)}
         return
     if train.remat != "all":
         out["--train.remat"] = "all"
         yield dict(out)
-    if plan.stage == "experts" and train.accumulate == 1 and train.batch_size > rest and train.batch_size % rest == 0:
-        out["--train.accumulate"] = str(train.batch_size // rest)
+    if (
+        plan.stage == "experts"
+        and train.accumulate == 1
+        and train.batch_size > shards
+        and train.batch_size % shards == 0
+    ):
+        out["--train.accumulate"] = str(train.batch_size // shards)
         yield dict(out)
         return
     for part in (2, 4):
@@ -154,7 +167,7 @@ def alternatives(plan: Plan, program: str, mesh: Mapping[str, int]) -> Iterator[
 
 def advice(plan: Plan, path: str, overrides: Sequence[str], found: Mapping[str, Any]) -> str:
     """What would fit, tried one after another."""
-    for change in alternatives(plan, found["program"], found["mesh"]):
+    for change in alternatives(plan, found["program"], found["mesh"], found["shards"]):
         flags = [word for pair in change.items() for word in pair]
         kept = [
             word for i in range(0, len(overrides), 2) if overrides[i] not in change for word in overrides[i : i + 2]

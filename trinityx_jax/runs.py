@@ -149,7 +149,7 @@ def expert_folders(path: Path) -> dict[str, Path]:
     if (path / "expert.json").exists() or is_adapter(path):
         return {path.resolve().name: path}
     found = {p.parent.name: p.parent for kind in ("expert.json", "adapter_config.json") for p in path.glob(f"*/{kind}")}
-    found = {name: folder for name, folder in found.items() if name not in under_way}
+    found = {n: folder for n, folder in found.items() if n not in under_way and not n.startswith(".")}  # being written
     if not found:
         raise UserError(f"{path}: holds no expert (no expert.json, no adapter_config.json)")
     order += sorted(found.keys() - set(order))

@@ -191,6 +191,8 @@ class TrainConfig(Section):
             raise ValueError(f"accumulate: {self.accumulate} parts do not divide batch_size {self.batch_size}")
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("patience: evaluate_every is needed, nothing is measured without it")
+        if not self.rollbacks and self.spike != TrainConfig.model_fields["spike"].default:
+            raise ValueError("spike: has no effect where rollbacks is 0; remove it")
         if self.experts is not None and (not self.experts or len(set(self.experts)) < len(self.experts)):
             raise ValueError(f"experts: {self.experts} names no expert, or one twice")
         return self

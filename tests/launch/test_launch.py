@@ -142,6 +142,22 @@ def test_a_signal_is_passed_on_and_what_it_saved_with_is_the_end(environment: di
     assert process.wait(timeout=30) == 75
 
 
+def test_slurm_s_signal_reaches_the_command(environment: dict[str, str], tmp_path: Path) -> None:
+    """srun's signals are for the process that it starts, not for that one's children."""
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    (tmp_path / "launch").symlink_to(LAUNCH)
+    wait = f"until [ -f {ready} ]; do sleep 0.05; done"
+    command(tmp_path / "bin" / "srun", f'"${{@:2}}" & {wait}; kill -TERM $!; wait $!; exit $?')
+    saving = f"trap 'touch {saved}; exit 75' TERM; touch {ready}; for i in {{1..200}}; do sleep 0.05; done"
+    command(tmp_path / "bin" / "trinityx", saving)
+    command(tmp_path / "bin" / "scontrol", f'echo "$@" > {tmp_path / "scontrol"}')
+    env = environment | {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "trinityx", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = run(["bash", "launch/slurm.sbatch", *WORDS], env)
+    assert done.returncode == 0 and saved.exists(), done.stderr
+    assert (tmp_path / "trinityx-7.ends").read_text() == "75\n"
+    assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_words_a_script_says_how_it_is_called(script: str, environment: dict[str, str]) -> None:
     done = run(["bash", f"launch/{script}"], environment)

@@ -160,6 +160,44 @@ def test_a_signal_to_one_stops_all_and_another_number_goes_on(tiny_config: Path,
     near(tmp_path / "whole", tmp_path / "run")
 
 
+ASKING = """
+import os, signal, sys, time
+import jax
+from trinityx_jax.parallel.multihost import heed_stop, join_hosts
+from trinityx_jax.signals import interruptible
+
+with interruptible():
+    join_hosts()
+    print("joined", flush=True)
+    if jax.process_index() == jax.process_count() - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)  # loading, while it is passed on
+    for number in range(3):
+        heed_stop()
+        print("question", number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_before_the_first_step_is_heard(processes: int) -> None:
+    """At once by a process of its own, though JAX takes the signal; by several as soon as all are asked."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = {**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", ASKING], env={**env, "JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(processes)
+    ]  # fmt: skip
+    for index, process in enumerate(running):
+        said, errors = process.communicate(timeout=100)
+        assert said.split() == ["joined"][index:], errors[-2000:]  # the first alone speaks
+        assert "KeyboardInterrupt" in errors and ("in heed_stop" in errors) == (processes == 2), errors[-2000:]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ from trinityx_jax.convert.load import load_backbone
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import init_expert
 from trinityx_jax.parallel.sharding import put_batch
+from trinityx_jax.runs import load_experts
 from trinityx_jax.training import expert_stage
+from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.expert_stage import train_experts
+from trinityx_jax.training.loop import Stopped
 
 NAMES = ("helpful", "harmless", "honest")
 TWO = ("helpful", "honest")  # as good as three where programs are compiled for every set of experts
@@ -131,3 +136,28 @@ def test_what_was_interrupted_goes_on_in_another_dtype_and_what_is_done_does_not
     assert 0 < far(found["helpful"], whole["helpful"]) < 0.2
     with pytest.raises(UserError, match=r"'helpful' was begun with other settings \(dtype\)"):
         expert_stage.pending(config)
+
+
+def test_a_signal_after_the_last_step_is_heard(
+    backbone: Backbone, configure: Any, far: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the last state of an expert is saved; those that were to come after it are not begun."""
+    config = configure("run", TWO, train={"mode": "single", "steps": 2})
+    saves = []
+
+    def save(self: Checkpoints, state: Any, *rest: Any, **options: Any) -> None:
+        saves.append(int(state.step))
+        kept(self, state, *rest, **options)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    kept = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(Stopped, match="experts/helpful: stopped by signal 15 after step 2"):
+        train_experts(config, backbone)
+    assert saves == [2, 2]
+    assert list(train_experts(config, backbone)) == list(TWO)
+    monkeypatch.undo()
+    whole = train_experts(configure("whole", TWO, train={"mode": "single", "steps": 2}), backbone)
+    for name in TWO:
+        assert far(load_experts(config.out)[name], whole[name]) == 0

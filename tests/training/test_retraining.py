@@ -103,6 +103,24 @@ def test_a_saved_state_is_its_experts_own(
     assert not list((tmp_path / "run" / "checkpoints").glob("experts*"))  # all are done
 
 
+def test_settings_that_come_back_begin_anew(
+    backbone: Backbone, configure: Any, far: Any, tmp_path: Path, interrupted: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not at the step at which they were left: what came between stands in ``metrics.jsonl`` now."""
+    first = {"steps": 4, "learning_rate": 5e-3}
+    with interrupted(3):
+        train_experts(configure("run", TWO, train=first), backbone)
+    other = {"steps": 4, "learning_rate": 1e-3, "experts": ["honest"]}
+    with interrupted(1):
+        train_experts(configure("run", TWO, train=other), backbone)
+    assert "was of helpful too, after step 3; it is given up" in caplog.text
+    again = train_experts(configure("run", TWO, train={**first, "experts": list(TWO)}), backbone)
+    alone = train_experts(configure("alone", TWO, train=first), backbone)
+    assert max(far(again[name], alone[name]) for name in TWO) == 0
+    steps = [line["step"] for line in RunFolder(tmp_path / "run").metrics() if line["stage"] == "experts"]
+    assert steps == [1, 2, 3, 4]
+
+
 @pytest.mark.slow
 def test_the_same_experts_twice_anew_are_trained_twice(backbone: Backbone, configure: Any, far: Any) -> None:
     found = []

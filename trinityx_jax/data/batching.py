@@ -237,6 +237,15 @@ class RowOrder:
         return [flat[i : i + 1] for i in range(len(flat))]
 
 
+def check_parts(batch_size: int, accumulate: int, split: Split) -> None:
+    """Raise UserError where an accumulated batch's parts do not divide among the shards."""
+    if accumulate > 1 and batch_size // accumulate % split.shards:
+        raise UserError(
+            f"train.accumulate: parts of {batch_size // accumulate} rows for each expert do not divide among "
+            f"{split.shards} devices' shards; lower it, or raise train.batch_size"
+        )
+
+
 class TrainingBatches:
     """Batch k: ``batch_size`` slots of every objective, grouped in the objectives' order.
 
@@ -262,11 +271,7 @@ class TrainingBatches:
         split: Split = WHOLE,
     ):
         assert not join or (accumulate == 1 and pack is None)
-        if accumulate > 1 and batch_size // accumulate % split.shards:
-            raise UserError(
-                f"train.accumulate: parts of {batch_size // accumulate} rows for each expert do not divide among "
-                f"{split.shards} devices' shards; lower it, or raise train.batch_size"
-            )
+        check_parts(batch_size, accumulate, split)
         self.split = split
         self.rows, self.pad_id, self.batch_size = dict(rows), pad_id, batch_size
         self.accumulate, self.pack = accumulate, pack

@@ -20,6 +20,7 @@ from trinityx_jax.evaluation import continuations
 from trinityx_jax.experts import TaskVector, stack
 from trinityx_jax.mocae import Router, hidden_states, token_routing
 from trinityx_jax.mocae.model import prepared
+from trinityx_jax.parallel.multihost import heed_stop
 from trinityx_jax.parallel.sharding import batch_shards, mesh_of, on_mesh, put, put_batch, put_trained, replicated
 from trinityx_jax.training.loss import slots_of, supervised_nll
 
@@ -117,6 +118,7 @@ class Scorer:
         layer_pi: dict[int, np.ndarray] = {}
         run = self.runner(weights, router)
         for index, batch in evaluation_batches(rows, [0] * len(rows), self.batch_size, 0, self.split):
+            heed_stop()
             arrays, own = put_batch(batch.arrays(), self.mesh), slice(0, len(index))
             if router is None:
                 nll[index] = np.asarray(run(arrays))[own]
@@ -176,6 +178,7 @@ class Scorer:
         with on_mesh(self.mesh):
             cache = self._prefix(base, experts, named, shared[None])
             for stems, batch in batches:
+                heed_stop()
                 placed = (put_batch(own.arrays(), self.mesh) for own in (stems, batch))
                 out.append(np.asarray(self._after(base, experts, named, cache, *placed)))
                 on_batch()

@@ -19,6 +19,7 @@ from trinityx_jax.experts.lora import check_fits
 from trinityx_jax.generation.sampling import Sampling, choose
 from trinityx_jax.mocae import Router, hidden_states
 from trinityx_jax.mocae.model import prepared
+from trinityx_jax.parallel.multihost import heed_stop
 from trinityx_jax.parallel.sharding import mesh_of, on_mesh, on_this_host
 
 BATCH = 32  # prompts decoded together
@@ -101,6 +102,7 @@ def generate_ids(
         options |= {"max_new_tokens": max_new_tokens, "dtype": dtype}
         parts = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
         return [row for i, part in enumerate(parts) for row in generate_ids(backbone, part, seed=seed + i, **options)]
+    heed_stop()
     stacked, static = combine(backbone.config, experts, router, weights)
     size = -(-max(len(p) for p in prompts) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     limit = backbone.config.max_position_embeddings

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +20,7 @@ from trinityx_jax.errors import UserError
 
 HOSTS = "TRINITYX_HOSTS"  # "auto": JAX finds the other hosts by the launcher (Slurm, TPU VM, JobSet, Open MPI)
 ADDRESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_questions = itertools.count(1)  # whether to stop, by number: JAX settles on one that no host has asked yet
 
 
 class HostsMissing(Exception):
@@ -49,6 +53,9 @@ def join_hosts() -> None:
         raise UserError(f"the other hosts cannot be joined ({str(error).splitlines()[0]})") from error
     except RuntimeError as error:  # they are late, or gone
         raise HostsMissing(f"the other hosts cannot be joined ({str(error).splitlines()[0]})") from error
+    if jax.process_count() == 1:  # JAX has taken SIGTERM to tell the others, of whom there are none
+        with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     if _alone_on_host():  # under Slurm JAX takes one device a process
         for kind in ("cuda", "rocm"):
             jax.config.update(f"jax_{kind}_visible_devices", "all")
@@ -98,12 +105,31 @@ def on_all(value: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
 
 
-def stop_is_agreed(step: int, asked: bool) -> bool:
-    """Whether all hosts stop after this step, because one of them was asked to.
+def least(value: int) -> int:
+    """The smallest of all hosts' values, everywhere; all have to ask."""
+    if jax.process_count() == 1:
+        return value
+    # as two numbers: JAX knows 32 bits only, unless told
+    found = multihost_utils.process_allgather(np.asarray(divmod(value, 2**20), np.int32)).reshape(-1, 2)
+    return min(high * 2**20 + low for high, low in found.tolist())
+
+
+def stop_is_agreed(asked: bool) -> bool:
+    """Whether all hosts stop here, because one of them was asked to.
 
     On a single host that is ``asked``. Of several, any one's SIGTERM (a preemption notice) is passed on to all, and all
-    stop after the same step; it must be asked after every step.
+    stop at the same question: each must ask as often as the others.
     """
     if jax.process_count() == 1:
         return asked
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(next(_questions))
+
+
+def heed_stop() -> None:
+    """Between parts of work that may be left: as a signal does on a single host, on all of several.
+
+    Raises:
+        KeyboardInterrupt: one of them was asked to stop.
+    """
+    if stop_is_agreed(False):
+        raise KeyboardInterrupt

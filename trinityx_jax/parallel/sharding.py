@@ -21,6 +21,7 @@ from trinityx_jax.backbone.axes import Rules, logical_rules, partition
 from trinityx_jax.data.batching import Split
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts.lora import SITES, factor_axes
+from trinityx_jax.parallel.multihost import least
 from trinityx_jax.sections import MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor")  # outermost first: neighbours talk most
@@ -99,8 +100,8 @@ def base_bytes(config: BackboneConfig, dtype: Any) -> int:
 
 def fitting_mesh(settings: MeshConfig, config: BackboneConfig, dtype: Any) -> Mesh:
     """The mesh of this machine's devices (all hosts') for a model."""
-    sizes = mesh_sizes(settings, jax.device_count(), base_bytes(config, dtype), device_bytes(jax.local_devices()[0]))
-    return make_mesh(sizes)
+    memory = least(device_bytes(jax.local_devices()[0]))  # hosts' devices may differ, their mesh may not
+    return make_mesh(mesh_sizes(settings, jax.device_count(), base_bytes(config, dtype), memory))
 
 
 def device_bytes(device: Any) -> int:

@@ -19,6 +19,7 @@ from trinityx_jax.data.templates import Encoded
 from trinityx_jax.mocae import Router, hidden_states, token_routing
 from trinityx_jax.mocae.calibration import SMALLEST, calibrated, row_weights, softmax
 from trinityx_jax.mocae.calibration import probabilities as numpy_probabilities
+from trinityx_jax.parallel.multihost import heed_stop
 from trinityx_jax.parallel.sharding import batch_shards, mesh_of, on_mesh, put, put_batch, put_trained, replicated
 
 ROUNDS = 3  # a layer's logits move a little when the layers below mix otherwise
@@ -70,6 +71,7 @@ class RoutingReader:
         out: dict[int, np.ndarray] = {}
         router, split = put(router, replicated(self.mesh)), Split(batch_shards(self.mesh))
         for index, batch in evaluation_batches(rows, [0] * len(rows), self.batch_size, 0, split):
+            heed_stop()
             arrays = put_batch(batch.arrays(), self.mesh)
             with on_mesh(self.mesh):
                 found = np.asarray(self._read(self.base, self.experts, router, arrays["tokens"], arrays["mask"]))

@@ -221,7 +221,10 @@ def damage(folder: Path) -> str | None:
         return f"{SEAL} is missing or cannot be read"
     if seal.get("step") != int(folder.name):
         return f"it is of step {seal.get('step')}"
-    sealed, found = seal["files"], _digests(folder)
+    try:
+        sealed, found = seal["files"], _digests(folder)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
     for name in sorted({*sealed, *found}):
         if name not in found:
             return f"{name} is missing"

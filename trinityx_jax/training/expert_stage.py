@@ -112,6 +112,8 @@ def _open(config: RunConfig, backbone: Backbone, run: RunFolder, settings: Mappi
     """Begin experts in the run folder."""
     run.open(backbone, config.model)
     for name, own in settings.items():
+        if run.changed(f"experts/{name}", own) is not None:
+            _give_up(run, name, list(settings))
         _begin(run, name, own)
     whole = config.model_copy(update={"train": config.train.model_copy(update={"experts": None}), "profile": None})
     save_config(whole, run.path / "config-experts.yaml", "experts")
@@ -130,6 +132,17 @@ def _keep(
     if set(config.experts.names) <= set(order):
         for left in _folders(run):  # what was interrupted and never gone on with
             shutil.rmtree(left)
+
+
+def _give_up(run: RunFolder, name: str, names: Sequence[str]) -> None:
+    """Remove how far an expert was with other settings: they may come back, ``metrics.jsonl`` goes on with these."""
+    for folder in _folders(run):
+        found = under_way(folder)
+        if found is not None and name in found[1]["experts"]:
+            others = [other for other in found[1]["experts"] if other not in names]
+            if others:
+                log.warning("%s: was of %s too, after step %d; it is given up", folder, " and ".join(others), found[0])
+            shutil.rmtree(folder)
 
 
 def _begin(run: RunFolder, name: str, settings: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from trinityx_jax.config import RunConfig
 from trinityx_jax.data.batching import Batch, Split
 from trinityx_jax.errors import UserError
-from trinityx_jax.parallel.multihost import stop_is_agreed
+from trinityx_jax.parallel.multihost import heed_stop, stop_is_agreed
 from trinityx_jax.parallel.sharding import on_mesh, put_batch
 from trinityx_jax.progress import progress
 from trinityx_jax.training.checkpoint import Checkpoints
@@ -67,6 +67,7 @@ def run_steps(
         UserError: training diverges and does not recover; a checkpoint or a logger cannot be had.
         Stopped: a signal asked for it; the state was saved first.
     """
+    heed_stop()
     checkpoints = Checkpoints(folder, config.checkpoint, about)
     state = checkpoints.restore(state)
     index = int(state.step)
@@ -88,16 +89,18 @@ def run_steps(
                         jax.block_until_ready(metrics)
                         with recorder.pause():
                             state, values = work.validate(state, names)
-                    stopping = stop_is_agreed(index, bool(signals))  # once: what comes later is for the next step
+                    stopping = stop_is_agreed(bool(signals))  # once: what comes later is for the next step
                     due = index % checkpoints.every == 0 or index == total or checkpoints.is_best(state, bool(values))
                     if stopping or due or values:
                         recorder.flush(bar, values)
                     if stopping or due:
                         checkpoints.save(state, wait=stopping, measured=bool(values))
                     if stopping:
-                        raise Stopped(f"{stage}: stopped by {_by(signals)} after step {index}; run again to go on")
+                        raise Stopped(_told(stage, signals, index))
             recorder.flush(bar)
-            checkpoints.save(state)  # early stopping ends between checkpoints
+            checkpoints.save(state, wait=True)  # early stopping ends between checkpoints
+        if stop_is_agreed(bool(signals)):  # what came after the last step; from here on others hear of signals
+            raise Stopped(_told(stage, signals, index))
     except BaseException:
         with contextlib.suppress(UserError):  # what is under way is written all the same
             checkpoints.close()
@@ -109,8 +112,9 @@ def run_steps(
     return state
 
 
-def _by(signals: Sequence[int]) -> str:
-    return f"signal {signals[0]}" if signals else "a signal"
+def _told(stage: str, signals: Sequence[int], index: int) -> str:
+    by = f"signal {signals[0]}" if signals else "a signal"
+    return f"{stage}: stopped by {by} after step {index}; run again to go on"
 
 
 def _placed_ahead(batches: Iterator[Batch], mesh: Mesh, split: Split) -> Iterator[tuple[Batch, dict[str, jax.Array]]]:
@@ -129,7 +133,7 @@ class _Trace:
     """The profiler's trace of the steps that ``profile`` names, in the run's ``profile`` folder.
 
     Raises:
-        UserError: they come after the last step.
+        UserError: they come after the last step; of experts that are trained one after another, a warning says so.
     """
 
     def __init__(self, config: RunConfig, total: int, restored: int):
@@ -138,8 +142,11 @@ class _Trace:
         self._begun: int | None = None
         self._done = 0
         if self.first > total:
-            raise UserError(f"profile: {config.profile} begins after the last step, {total}")
-        if self.first:
+            message = f"profile: {config.profile} begins after the last step, {total}"
+            if config.train.mode != "single":
+                raise UserError(message)
+            log.warning("%s; nothing is traced", message)
+        elif self.first:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:

@@ -41,16 +41,8 @@ from trinityx_jax.training.seen import warn_of_calibration
 from trinityx_jax.training.settings import MAY_CHANGE, data_settings, guard_of
 
 log = logging.getLogger(__name__)
-UNREPEATED = {
-    "out",
-    "evaluate",
-    "checkpoint",
-    "data",
-    "system",
-    "mesh",
-    "logging",
-    "profile",
-}  # sections that do not change what the stage computes
+# sections that do not change what the stage computes, but for ``checkpoint.every`` where it diverges
+UNREPEATED = {"out", "evaluate", "checkpoint", "data", "system", "mesh", "logging", "profile"}
 
 
 def router_settings(config: RunConfig) -> dict[str, Any]:
@@ -249,11 +241,12 @@ def _own_experts(config: RunConfig, run: RunFolder, vectors: Mapping[str, TaskVe
     """Copy experts that come from elsewhere into the run, so that it is self-contained."""
     if config.experts.source is None:
         return
+    before = run.done("experts") or {}
+    copied = set(before["names"]) if before.get("source") is not None else set()
     save_experts(vectors, run)
+    for name in copied - vectors.keys():  # for a router that this one replaces
+        shutil.rmtree(run.path / "experts" / name, ignore_errors=True)
     run.finish("experts", names=list(vectors), source=config.experts.source)
-    for folder in (run.path / "experts").iterdir():  # copies for a router that this one replaces
-        if folder.is_dir() and folder.name not in vectors:
-            shutil.rmtree(folder)
 
 
 def calibrated_on(

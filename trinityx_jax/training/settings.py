@@ -10,7 +10,8 @@ from trinityx_jax.data import sources
 from trinityx_jax.sections import UNSEEN
 
 STAGE_2 = ("experts_learning_rate", "anew")  # keys of ``train`` that stage 1 has no use for
-# keys of ``train`` that may change while a stage is under way; the last three matter where it diverges
+# keys of ``train`` that may change while a stage is under way; the last three matter where it diverges, and so does
+# ``checkpoint.every``, whose multiples the guard goes back to
 MAY_CHANGE = ("accumulate", "remat", "max_skipped", "spike", "rollbacks")
 
 
