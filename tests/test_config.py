@@ -160,6 +160,7 @@ def test_a_mix_names_other_entries_which_need_no_expert(tmp_path: Path) -> None:
         (["--experts.sites", "[gate, gate]"], "holds a site twice"),
         (["--experts.sites", "[]"], r"experts\.sites"),
         (["--train.experts", "[helpful, helpful]"], "or one twice"),
+        (["--train.spike", "3", "--train.rollbacks", "0"], "train: spike: has no effect where rollbacks is 0"),
         (["--mocae.preset", "[]"], r"mocae\.preset: \[\] is not a preset"),
         (["--out", '""'], r"out: an empty text"),
         (["--train.steps", "5", "--train.steps", "6"], "--train.steps: this override stands twice"),

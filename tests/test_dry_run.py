@@ -42,16 +42,19 @@ def test_what_the_command_refuses_is_refused(tiny_run: Path, tiny_config: Path, 
 
 
 @pytest.mark.parametrize(
-    ("mesh", "count"),
+    ("mesh", "part", "count"),
     [
-        ({}, 8), ({"tensor": 4}, 8), ({"tensor": 3}, 9), ({"data": 2, "fsdp": 2}, 4), ({"fsdp": 16}, 16),
-        ({"data": 1, "fsdp": 1}, 1),
+        ({}, 0, 8), ({"tensor": 4}, 0, 8), ({"tensor": 3}, 0, 9), ({"data": 2, "fsdp": 2}, 0, 4), ({"fsdp": 16}, 0, 16),
+        ({"data": 1, "fsdp": 1}, 0, 1), ({}, 2, 2), ({}, 6, 6), ({"tensor": 2}, 2, 4), ({"fsdp": 2}, 1, 2), ({}, 16, 8),
     ],
 )  # fmt: skip
-def test_as_many_devices_as_the_mesh_takes(mesh: dict[str, int], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_devices_as_the_mesh_takes(
+    mesh: dict[str, int], part: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer where the parts of an accumulated batch would not divide among so many."""
     monkeypatch.undo()
     told: dict[str, Any] = {}
     monkeypatch.setattr(jax.config, "update", told.__setitem__)
     monkeypatch.setattr(jax, "device_count", lambda: told["jax_num_cpu_devices"])
-    assert dry_run.virtual_devices(MeshConfig(**mesh)) == count
+    assert dry_run.virtual_devices(MeshConfig(**mesh), part) == count
     assert told == {"jax_platforms": "cpu", "jax_num_cpu_devices": count}

@@ -12,7 +12,11 @@ import pytest
 
 from trinityx_jax import cli
 from trinityx_jax import plan as planning
+from trinityx_jax.config import parse_config
+from trinityx_jax.data.batching import Split, check_parts
 from trinityx_jax.parallel.chips import GIB
+from trinityx_jax.parallel.sharding import mesh_sizes
+from trinityx_jax.sections import MeshConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GEOMETRY = {
@@ -84,6 +88,36 @@ def test_what_does_not_fit_exits_1(config: Path, capsys: Any, monkeypatch: pytes
     needed, room, advice = refused(capsys)
     assert needed > room
     assert advice == "neither remat nor a smaller batch nor another mesh would; a larger slice may"
+
+
+@pytest.mark.parametrize("stage", ["experts", "router"])
+@pytest.mark.parametrize("program", ["train", "decode"])
+@pytest.mark.parametrize(
+    ("topology", "mesh"),
+    [
+        ("v5e:4x4", {"data": 16}),
+        ("v5e:4x4", {"data": 2, "fsdp": 4, "tensor": 2}),
+        ("v5e:4x4", {"fsdp": 8, "tensor": 2}),
+        ("v5e:4x4", {"data": 2, "fsdp": 2, "expert": 4}),
+        ("2*v5e:2x2", {"data": 8}),
+        ("2*v5e:2x2", {"data": 2, "fsdp": 2, "tensor": 2}),
+    ],
+)
+def test_what_is_suggested_can_be_trained(topology: str, mesh: dict[str, int], program: str, stage: str) -> None:
+    """The mesh makes up the chips, and goes across slices by its rows alone; parts of a batch divide."""
+    data = {name: {"source": "x", "format": "alpaca"} for name in "ab"}
+    values = {"model": "x", "out": "x", "experts": {"names": ["a", "b"]}, "data": data, "train": {"batch_size": 64}}
+    plan = planning.Plan(parse_config({**values, "mesh": mesh}, "test"), stage, GEOMETRY, topology)
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1} | mesh
+    shards = plan.chips // sizes["tensor"]
+    found = list(planning.alternatives(plan, program, sizes, shards))
+    assert found or (program == "decode" and sizes["tensor"] == 4)
+    for change in found:
+        own = {key.removeprefix("--mesh."): int(n) for key, n in change.items() if key.startswith("--mesh.")}
+        other = mesh_sizes(MeshConfig(**(mesh | own)), plan.chips, 0, 1)
+        assert other["data"] % plan.slices == 0
+        split = Split(plan.chips // other["tensor"], other["expert"])
+        check_parts(int(change.get("--train.batch_size", 64)), int(change.get("--train.accumulate", 1)), split)
 
 
 @needs_libtpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,20 @@ from trinityx_jax.errors import UserError
 from trinityx_jax.experts import init_expert
 from trinityx_jax.mocae import hidden_states, init_router, preset
 from trinityx_jax.mocae.router import Router
-from trinityx_jax.runs import load_router, routed, save_expert, save_router, with_paths
+from trinityx_jax.runs import load_experts, load_router, routed, save_expert, save_router, with_paths
 
 CONFIG = BackboneConfig(
     vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8,
     rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=64,
 )  # fmt: skip
 NAMES = ("a", "b", "c")
+
+
+def test_an_expert_that_is_being_written_is_none(tmp_path: Path) -> None:
+    """A kill leaves its folder behind."""
+    save_expert(init_expert(CONFIG, 2, 4.0, ["gate"], 0, "a"), tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / ".b.x1y2")
+    assert list(load_experts(tmp_path)) == ["a"]
 
 
 def router(**switches: Any) -> Router:

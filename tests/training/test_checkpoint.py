@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import hashlib
 import json
 import logging
 import os
@@ -102,6 +104,22 @@ def test_the_newest_whole_one_is_used_and_said(saved: Path, caplog: pytest.LogCa
     checkpoints.save(state(3))
     checkpoints.close()
     assert equal(restored(saved), state(3))
+
+
+def test_one_that_cannot_be_read_is_set_aside(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk with a bad sector."""
+    broken = next(path for path in files(saved / "3" / "default" / "d"))
+
+    def digest(file: Any, kind: str) -> Any:
+        if Path(file.name) == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return kept(file, kind)
+
+    kept = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    assert damage(saved / "3") == "it cannot be read (Input/output error)"
+    assert equal(restored(saved), state(2))
+    assert sorted(path.name for path in saved.iterdir()) == ["2", "damaged-3"]
 
 
 def test_a_copy_under_another_step_is_not_that_step_s(saved: Path) -> None:

@@ -248,12 +248,14 @@ def test_a_router_is_trained_again_when_that_is_said(
     command = ["train-router", str(path), "--out", str(out), "--experts.from", str(tiny_run)]
     assert cli.main(command) == 0
     first = load_router(out)
+    save_expert(run.vectors["honest"], out / "experts" / "mine")  # stays where it is
     assert cli.main([*command, "--train.steps", "2"]) == 2
     assert "its router was begun with other settings (train.steps); train it anew with --train.anew true" in (
         capsys.readouterr().err
     )
     assert cli.main([*command, "--train.steps", "2", "--train.anew", "true"]) == 0
     second = load_router(out)
+    assert sorted(path.name for path in (out / "experts").iterdir()) == sorted([*NAMES, "mine"])
     assert any(changed(first.kernel, second.kernel))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
