@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 
 from trinityx_jax import __version__
 from trinityx_jax.commands import data, planning, routing, vectors
 from trinityx_jax.commands.common import NO, OK, Config, Out, Overrides, Run, Source, own_options, parse_weights, show
+from trinityx_jax.commands.parsing import asked
 from trinityx_jax.errors import UserError
 from trinityx_jax.parallel.compilation import keep_compiled
 from trinityx_jax.parallel.multihost import HostsMissing, join_hosts
@@ -355,7 +355,7 @@ def _call(name: str, words: list[str]) -> int:
     function = COMMANDS[name]
     options: dict[str, Any] = {"prog": f"trinityx {name}", "description": _about(function), "use_underscores": False}
     if name not in MANY or {"-h", "--help"} & set(words):
-        return tyro.cli(function, args=words, **options)
+        return asked(function, words, **options)()
     switches = {}
     if name in TRAINING and DRY_RUN in words:
         words, switches = [word for word in words if word != DRY_RUN], {"dry_run": True}
