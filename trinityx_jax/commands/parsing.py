@@ -39,9 +39,11 @@ def asked(function: Callable[..., int], words: Sequence[str], **options: Any) ->
 
 
 def sentence(box: str) -> str:
-    """What tyro's box says, without the frame and the arguments' descriptions."""
-    lines = [line.strip(FRAME) for line in box.splitlines()]
-    inside = lines[1:]
+    """What tyro's box says, without the frame (of ASCII where the terminal knows no other), title and descriptions."""
+    lines = [line.strip(FRAME) for line in box.strip().splitlines()]
+    _, *inside = ("" if set(line) == {"-"} else line for line in lines)
+    if inside[:1] == [""]:
+        inside = inside[1:]
     rule = inside.index("") if "" in inside else len(inside)
     text = " ".join(inside[:rule])
     # pydantic's, of a section of the configuration
