@@ -25,7 +25,7 @@ child='' stopped=''
 stop() { stopped=yes && [ -z "$child" ] || kill -TERM "$child" 2>/dev/null; }
 trap stop TERM INT
 
-left=${TRINITYX_RESTARTS:-20}
+left=$((10#${TRINITYX_RESTARTS:-20}))
 while :; do
     "$trinityx" "${words[@]}" &
     child=$!
@@ -41,6 +41,7 @@ while :; do
         last=$?
         [ "$last" -eq 127 ] || code=$last
     fi
+    [ -z "$stopped" ] || [ "$code" -ne 143 ] || code=75 # it had not even begun
     case $code in 0 | 2) exit "$code" ;; esac
     # whoever stopped this stops the machine too, and starts it again (Slurm, Kubernetes, the TPU's owner)
     [ -z "$stopped" ] || exit "$code"

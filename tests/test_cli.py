@@ -87,6 +87,20 @@ def test_unknown_command_and_flag(capsys) -> None:
     assert f"Unrecognized options: {folder}" in refused(capsys, "convert", "a", "b", folder)
 
 
+def test_a_prompt_a_line(tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_bytes("one \u2028 line\x0cof it\r\n\nanother".encode())
+    assert cli._prompts(None, str(tmp_path / "prompts")) == ["one \u2028 line\x0cof it", "another"]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "bogus"])
+def test_devices_that_are_not_there(platform: str, tiny_config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trinityx_jax", "train-experts", str(tiny_config), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": platform}, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"trinityx: JAX finds no devices (JAX_PLATFORMS is {platform})" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_whole_way(capsys, tiny_run: Path, tmp_path: Path) -> None:
     """Every command on a run folder of a tiny model."""
     code, out, _ = run(capsys, "vectors", "show", tiny_run)
@@ -155,6 +169,7 @@ def test_bad_input_is_one_sentence(capsys, tiny_run: Path, tiny_config: Path, tm
     assert "not a run folder" in refused(capsys, "generate", tmp_path, "--prompt", "x")
     assert "no expert 'kind'" in refused(capsys, "generate", tiny_run, "--prompt", "x", "--expert", "kind")
     assert "either --prompt or --prompts" in refused(capsys, "generate", tiny_run)
+    assert "--prompt: is not UTF-8" in refused(capsys, "generate", tiny_run, "--prompt", os.fsdecode(b"\xff\xfe"))
     assert "the prompt is empty" in refused(capsys, "generate", tiny_run, "--prompt", " ")
     assert "--seed: has no effect without" in refused(capsys, "generate", tiny_run, "--prompt", "x", "--seed", "3")
     drawn = ("generate", tiny_run, "--prompt", "x", "--temperature", "1", "--seed")

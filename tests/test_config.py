@@ -164,6 +164,8 @@ def test_a_mix_names_other_entries_which_need_no_expert(tmp_path: Path) -> None:
         (["--mocae.preset", "[]"], r"mocae\.preset: \[\] is not a preset"),
         (["--out", '""'], r"out: an empty text"),
         (["--train.steps", "5", "--train.steps", "6"], "--train.steps: this override stands twice"),
+        (["--train.steps", "5", "--train", "{batch_size: 2}"], "--train: would replace --train.steps, which stands"),
+        (["--train.steps", "5 # five"], r"train\.steps: .*valid integer"),
         (["--train.steps"], "needs a value"),
         (["train.steps", "3"], "expected --key.sub VALUE"),
         (
@@ -185,6 +187,14 @@ def test_a_mix_names_other_entries_which_need_no_expert(tmp_path: Path) -> None:
 def test_bad_overrides(tmp_path: Path, overrides: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
         load_config(write(tmp_path, minimal()), overrides)
+
+
+def test_an_override_is_told_whole(tmp_path: Path) -> None:
+    """What is a comment in a file is part of a path here; quotes and brackets are YAML's."""
+    file = write(tmp_path, minimal())
+    for text, value in {"runs/my run #2": "runs/my run #2", "#1": "#1", "'a #1' # x": "a #1"}.items():
+        assert load_config(file, ["--out", text]).out == value
+    assert load_config(file, ["--train", "{steps: 2}", "--train.batch_size", "1"]).train.batch_size == 1
 
 
 @pytest.mark.parametrize(

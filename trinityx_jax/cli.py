@@ -106,10 +106,11 @@ def train_experts(config: Config, overrides: Overrides = (), dry_run: bool = Fal
         return _dry_run(config, overrides, "experts")
     from trinityx_jax.config import load_config
     from trinityx_jax.convert.load import load_backbone
-    from trinityx_jax.run_folder import RunFolder
+    from trinityx_jax.run_folder import RunFolder, check_alike
     from trinityx_jax.training import expert_stage
 
     settings = load_config(config, overrides, "experts")
+    check_alike(settings.model_dump(mode="json", by_alias=True))
     run = RunFolder(settings.out)
     if not expert_stage.pending(settings):
         print(f"{run.path / 'experts'}: done before" + (", with the same settings" if settings.train.experts else ""))
@@ -132,10 +133,11 @@ def train_router(config: Config, overrides: Overrides = (), dry_run: bool = Fals
         return _dry_run(config, overrides, "router")
     from trinityx_jax.config import load_config
     from trinityx_jax.convert.load import load_backbone
-    from trinityx_jax.run_folder import RunFolder
+    from trinityx_jax.run_folder import RunFolder, check_alike
     from trinityx_jax.training import router_stage
 
     settings = load_config(config, overrides, "router")
+    check_alike(settings.model_dump(mode="json", by_alias=True))
     run = RunFolder(settings.out)
     if router_stage.router_done(settings):
         print(f"{run.path / 'router'}: done before")
@@ -303,6 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs tracebacks of errors it raises as well
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and of what a full disk left unfinished
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     if words in (["--version"], ["-V"]):
         print(__version__)
@@ -348,7 +351,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if disk_full(error):
             print("trinityx: No space left on device", file=sys.stderr)
             return BAD_INPUT
+        if isinstance(error, RuntimeError | AssertionError) and not _devices():
+            platforms = os.environ.get("JAX_PLATFORMS")
+            print(f"trinityx: JAX finds no devices (JAX_PLATFORMS is {platforms or 'not set'})", file=sys.stderr)
+            return BAD_INPUT
         raise
+
+
+def _devices() -> bool:
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):
+        return False
 
 
 def _call(name: str, words: list[str]) -> int:
@@ -396,12 +410,14 @@ def _prompts(prompt: str | None, file: str | None) -> list[str]:
         raise UserError("give either --prompt or --prompts")
     if file is None:
         assert prompt is not None
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UserError("--prompt: is not UTF-8")
         return [prompt]
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").split("\n")  # and at nothing else that ends a line somewhere
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
-    found = [line for line in lines if line.strip()]
+    found = [line.removesuffix("\r") for line in lines if line.strip()]
     if not found:
         raise UserError(f"{file}: holds no prompt")
     return found

@@ -342,6 +342,8 @@ def _override(values: dict[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{flag}: expected --key.sub VALUE")
         if flag in seen:
             raise UserError(f"{flag}: this override stands twice")
+        if covered := sorted(other for other in seen if other.startswith(f"{flag}.")):
+            raise UserError(f"{flag}: would replace {covered[0]}, which stands before it")
         seen.add(flag)
         node: Any = values
         *parents, last = flag[2:].split(".")
@@ -354,7 +356,9 @@ def _override(values: dict[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def plain(text: str) -> Any:
-    """What an override's text stands for."""
+    """What an override's text stands for. It has no comments: ``#`` in a path is the path's."""
+    if (" #" in text or text.startswith("#")) and text.lstrip()[:1] not in tuple("'\"[{"):
+        return text
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):  # such as a path that begins like a date

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -12,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from trinityx_jax.errors import UserError
+
+OLD = ".old"  # ends the name of a folder that is being replaced
+HERE, EXCHANGE = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
 
 
 def cache_folder() -> Path:
@@ -39,19 +45,17 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         yield staging
         staging.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            try:
-                os.replace(path, old / path.name)
-                try:
-                    os.replace(staging, path)
-                except OSError:
-                    os.replace(old / path.name, path)
-                    raise
-            finally:
-                shutil.rmtree(old)
-        else:
+        if not path.exists():
             os.replace(staging, path)
+        elif not _exchanged(staging, path):
+            old = path.with_name(f"{staging.name}{OLD}")
+            try:
+                os.replace(path, old)
+                os.replace(staging, path)
+            except BaseException:
+                put_back(path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     except Exception as error:
@@ -61,6 +65,62 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     finally:
         if staging is not None and staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Have two folders change places, at once; False where the system or its file system cannot."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return function(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
+
+
+def put_back(path: Path) -> None:
+    """Where a process was killed between the two moves that replace a folder, make the old one it again."""
+    if path.exists() or not path.parent.is_dir():
+        return
+    for old in sorted(path.parent.glob(f".{glob.escape(path.name)}.*{OLD}")):
+        with contextlib.suppress(OSError):
+            os.replace(old, path)
+            return
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Errors of the system, which do not always say where, as a UserError that does."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No other process is within this for a folder, which is made, and removed where nothing came into it.
+
+    Where the file system knows no such locks, nothing is promised.
+
+    Raises:
+        UserError: another one is.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # who writes there will say it
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                stack.callback(_remove_empty, folder)
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another command is at work in this folder") from None
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 # What a converted or exported model's folder may hold: what this package, tokenizers and hubs write.

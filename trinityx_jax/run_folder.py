@@ -14,6 +14,7 @@ import jax
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import read_json, write_json
+from trinityx_jax.parallel.multihost import first_text, on_all
 
 log = logging.getLogger(__name__)
 FORMAT = 1  # of run.json, expert.json and router.json
@@ -167,6 +168,21 @@ def metrics_entry(line: str) -> dict[str, Any] | None:
     if not isinstance(found, dict) or any(type(found.get(key, 0)) not in (int, float) for key in numbers):
         return None
     return found
+
+
+def check_alike(value: Mapping[str, Any]) -> None:
+    """That all hosts were given the same; each must ask.
+
+    Raises:
+        UserError: one of them was not; there and at the first it says what.
+    """
+    own = json.loads(json.dumps(value))
+    key = _difference(json.loads(first_text(json.dumps(own))), own)
+    if not on_all(key is None):
+        raise UserError(
+            "another host was given other words, files or settings than the first" if key is None else
+            f"{key}: is not what the first host was given"
+        )  # fmt: skip
 
 
 def _difference(old: Any, new: Any, path: str = "") -> str | None:

@@ -23,7 +23,7 @@ from trinityx_jax.convert.source import Source
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import SITES, TaskVector
 from trinityx_jax.experts.lora import check_fits
-from trinityx_jax.files import atomic_dir, read_json, write_json
+from trinityx_jax.files import atomic_dir, put_back, read_json, write_json
 from trinityx_jax.mocae import MoCaEConfig, Router
 from trinityx_jax.mocae.router import check_shapes, check_values
 from trinityx_jax.run_folder import FORMAT, UNCALIBRATED, RunFolder
@@ -237,6 +237,7 @@ def load_router(path: str | Path, fingerprint: str | None = None) -> Router:
         if RunFolder(path).done("router") is None:
             raise UserError(f"{path}: has no router yet (trinityx train-router)")
         path = path / "router"
+    put_back(path)
     if not (path / "router.json").exists():
         raise UserError(f"{path}: holds no router (no router.json)")
     info, file = _description(path / "router.json"), path / "router.safetensors"

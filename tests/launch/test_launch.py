@@ -142,6 +142,16 @@ def test_a_signal_is_passed_on_and_what_it_saved_with_is_the_end(environment: di
     assert process.wait(timeout=30) == 75
 
 
+def test_a_signal_before_the_command_hears_any_is_a_stop(environment: dict[str, str], tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    command(tmp_path / "bin" / "trinityx", f"touch {ready}; exec sleep 20")
+    process = subprocess.Popen(["bash", "launch/until_done.sh", *WORDS], env=environment, cwd=ROOT)
+    while not ready.exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+
+
 def test_slurm_s_signal_reaches_the_command(environment: dict[str, str], tmp_path: Path) -> None:
     """srun's signals are for the process that it starts, not for that one's children."""
     ready, saved = tmp_path / "ready", tmp_path / "saved"

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ NAMES = ("helpful", "harmless", "honest")
 MESH = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
 
 
-def start(words: list[str], processes: int) -> list[subprocess.Popen]:
-    """The same command in processes that make up eight devices."""
+def start(words: list[str], processes: int, last: Sequence[str] = ()) -> list[subprocess.Popen]:
+    """The same command in processes that make up eight devices; the last one's has words of its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -35,7 +36,7 @@ def start(words: list[str], processes: int) -> list[subprocess.Popen]:
         if processes > 1:
             env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes)}
             env["JAX_PROCESS_ID"] = str(index)
-        command = [sys.executable, "-m", "trinityx_jax", *words]
+        command = [sys.executable, "-m", "trinityx_jax", *words, *(last if index == processes - 1 else ())]
         out.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     return out
 
@@ -158,6 +159,15 @@ def test_a_signal_to_one_stops_all_and_another_number_goes_on(tiny_config: Path,
     assert cli.main(words) == 0
     assert cli.main([*words[:3], str(tmp_path / "whole"), *own]) == 0
     near(tmp_path / "whole", tmp_path / "run")
+
+
+def test_hosts_that_were_given_other_settings_are_refused(tiny_config: Path, tmp_path: Path) -> None:
+    words = ["train-experts", str(tiny_config), "--out", str(tmp_path / "run")]
+    codes, said = finish(start(words, 2, ["--train.learning_rate", "0.5"]))
+    assert codes == [2, 2], "\n".join(said)[-4000:]
+    assert "trinityx: another host was given other words, files or settings than the first" in said[0]
+    assert "trinityx: train.learning_rate: is not what the first host was given" in said[1]
+    assert not (tmp_path / "run").exists()
 
 
 ASKING = """

@@ -18,7 +18,8 @@ from trinityx_jax.config import RunConfig, load_config
 from trinityx_jax.data.batching import TrainingBatches
 from trinityx_jax.errors import UserError
 from trinityx_jax.run_folder import RunFolder
-from trinityx_jax.runs import open_run
+from trinityx_jax.runs import open_run, save_router
+from trinityx_jax.training import router_stage
 from trinityx_jax.training.checkpoint import Checkpoints
 from trinityx_jax.training.recorder import MEASURED
 from trinityx_jax.training.router_stage import train_router
@@ -121,11 +122,20 @@ def test_what_is_logged_of_a_step_is_forward_s_statistics_of_its_rows(
     assert lines[1]["kl"] > 1e-6
 
 
-def test_early_stopping_keeps_the_best_router(run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+def test_early_stopping_keeps_the_best_router(
+    run: Any, tiny_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is measured is the mixture's loss on each objective's held-out rows; the router that stays is the best."""
     flags = ("--train.evaluate_every", "2", "--train.patience", "2", "--train.learning_rate", "1.0")
     flags += ("--train.warmup", "0", "--experts.from", str(tiny_run))
     config = configure(tiny_config, tmp_path / "run", {"calibration": "none"}, *flags, steps=40)
+    checkpoints, kept = tmp_path / "run" / "checkpoints" / "router", []
+
+    def remember(*arguments: Any) -> None:
+        kept.extend(int(path.name) for path in checkpoints.glob("[0-9]*"))
+        save_router(*arguments)
+
+    monkeypatch.setattr(router_stage, "save_router", remember)
     router = train_router(config, run.backbone, run.vectors)
     lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     series = {
@@ -135,8 +145,7 @@ def test_early_stopping_keeps_the_best_router(run: Any, tiny_run: Path, tiny_con
     assert 2 <= best <= 34  # it passed its lowest
     assert lines[-1]["step"] == max(series) == best + 4  # two measurements without a new one
     assert RunFolder(tmp_path / "run").info()["stages"]["router"]["steps"] == best
-    kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints" / "router").glob("[0-9]*"))
-    assert best in kept
+    assert best in kept and not checkpoints.exists()  # until the stage is done
     rows = load_training_rows(config, run.backbone, together=True).validation
     for name, expected in zip(NAMES, series[best], strict=True):
         total = 0.0

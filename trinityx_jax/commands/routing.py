@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,9 +56,12 @@ def calibrate(
         to: what to fit to: the objective a row is of, or the experts' losses on a row or token.
     """
     from trinityx_jax.calibrate import calibrate_run, calibration_tables, fitted
+    from trinityx_jax.files import alone_in
+    from trinityx_jax.run_folder import run_of
 
     rest, own = own_options(overrides, {"--fit": fit, "--to": to})
-    results = calibrate_run(run, own["--fit"], own["--to"] or "objective", rest)
+    with alone_in(run_of(run)) if Path(run).is_dir() else contextlib.nullcontext():
+        results = calibrate_run(run, own["--fit"], own["--to"] or "objective", rest)
     show(calibration_tables(results))
     print(fitted(results))
     print(f"wrote {Path(run) / 'router'}, {Path(run) / 'calibration'}")

@@ -98,6 +98,17 @@ def agreed(value: Any) -> Any:
     return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
 
 
+def first_text(text: str) -> str:
+    """The first process's text, everywhere."""
+    if jax.process_count() == 1:
+        return text
+    own = np.frombuffer(text.encode(), np.uint8)
+    sent = np.zeros(int(agreed(np.int32(len(own)))), np.uint8)
+    if is_first():
+        sent[:] = own
+    return bytes(agreed(sent)).decode()
+
+
 def on_all(value: bool) -> bool:
     """Whether it is so on every host; all have to ask."""
     if jax.process_count() == 1:

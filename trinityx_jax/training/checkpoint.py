@@ -33,7 +33,8 @@ ABOUT = {
     "sites": "the sites",
     "guard": "train.rollbacks",
 }
-LATER = {SEAL, "_CHECKPOINT_METADATA", "commit_success.txt"}  # that orbax writes as it moves a checkpoint into place
+METADATA = "_CHECKPOINT_METADATA"
+LATER = {SEAL, METADATA, "commit_success.txt"}  # that orbax writes as it moves a checkpoint into place
 BEST = "validation"  # what the best checkpoint has the lowest of
 DAMAGED = "damaged-"  # checkpoints that are not whole are kept beside the others under this name
 
@@ -225,6 +226,9 @@ def damage(folder: Path) -> str | None:
         sealed, found = seal["files"], _digests(folder)
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # which orbax takes for none
+        if not isinstance(json.loads((folder / METADATA).read_text(encoding="utf-8")), dict):
+            return f"{METADATA} is no object"
     for name in sorted({*sealed, *found}):
         if name not in found:
             return f"{name} is missing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -22,9 +23,10 @@ from trinityx_jax.config import RunConfig, save_config
 from trinityx_jax.data.batching import Batch, TrainingBatches, validation_batches
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, unstack
+from trinityx_jax.files import alone_in
 from trinityx_jax.parallel.multihost import on_first
 from trinityx_jax.parallel.sharding import mesh_of, on_this_host, put, replicated
-from trinityx_jax.run_folder import RunFolder
+from trinityx_jax.run_folder import RunFolder, check_alike
 from trinityx_jax.runs import forget_router, save_experts
 from trinityx_jax.training.checkpoint import check_about, under_way
 from trinityx_jax.training.flops import expert_flops
@@ -85,9 +87,16 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
         the experts that this call trained.
 
     Raises:
-        UserError: the rows or the configuration are wrong, or the run folder holds another run.
+        UserError: the rows or the configuration are wrong, or the run folder holds another run, or another command is
+            at work in it.
         Stopped: a signal asked for it; state was saved.
     """
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(alone_in(Path(config.out))))
+        return _train(config, backbone)
+
+
+def _train(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector]:
     names = pending(config)
     check_loggers(config.logging)
     if not names:
@@ -95,6 +104,7 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
     run = RunFolder(config.out)
     rows = load_training_rows(config, backbone, names)
     settings = {name: expert_settings(config, name) for name in names}
+    check_alike({"base": backbone.fingerprint, **settings})
     groups = _groups(config, names)
     folders = [_checkpoints(run, {name: settings[name] for name in group}) for group in groups]
     for group, folder in zip(groups, folders, strict=True):

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from trinityx_jax.config import RunConfig
 from trinityx_jax.data.batching import Batch, Split
 from trinityx_jax.errors import UserError
+from trinityx_jax.files import writing
 from trinityx_jax.parallel.multihost import heed_stop, stop_is_agreed
 from trinityx_jax.parallel.sharding import on_mesh, put_batch
 from trinityx_jax.progress import progress
@@ -170,6 +171,7 @@ class _Trace:
 
     def close(self) -> None:
         if self._begun is not None:
-            jax.profiler.stop_trace()
+            with writing(self.folder):
+                jax.profiler.stop_trace()
             print(f"wrote {self.folder}: a trace of steps {self._begun} to {self._done}")
             self._begun, self.last = None, 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,7 +18,7 @@ import numpy as np
 from trinityx_jax.config import RunConfig
 from trinityx_jax.data.batching import Batch
 from trinityx_jax.errors import UserError
-from trinityx_jax.files import write_text
+from trinityx_jax.files import write_text, writing
 from trinityx_jax.parallel.chips import GIB, peak_flops
 from trinityx_jax.parallel.multihost import on_first
 from trinityx_jax.progress import Progress, process_memory
@@ -34,7 +34,7 @@ class MetricsLog:
     """``metrics.jsonl``: one flushed line a step; on resume, lines past the restored step go."""
 
     def __init__(self, path: Path, stage: str, restored: int, names: Iterable[str]):
-        self.stage, self.names = stage, set(names)
+        self.path, self.stage, self.names = path, stage, set(names)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             lines = [line for line in path.read_bytes().decode("utf-8", "replace").splitlines() if line.strip()]
@@ -54,11 +54,13 @@ class MetricsLog:
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one line."""
-        self._file.write(json.dumps({"stage": self.stage, **entry}) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps({"stage": self.stage, **entry}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written
+            self._file.close()
 
 
 class Recorder:
@@ -84,7 +86,7 @@ class Recorder:
         self._sinks = open_sinks(config.logging, run, self.stage, restored, shown)
         self._log = MetricsLog(run / "metrics.jsonl", self.stage, restored, self.work.names)
 
-    @contextmanager
+    @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """What is done meanwhile does not count as a step's time."""
         began = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shutil
@@ -17,11 +18,12 @@ from trinityx_jax.config import SCRATCH, RunConfig, save_config
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import ATTENTION, TaskVector, gamma, init_expert, stack, unstack
+from trinityx_jax.files import alone_in
 from trinityx_jax.mocae import Router, init_router
 from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.router import extended
 from trinityx_jax.parallel.multihost import agreed, on_first
-from trinityx_jax.run_folder import UNCALIBRATED, RunFolder
+from trinityx_jax.run_folder import UNCALIBRATED, RunFolder, check_alike
 from trinityx_jax.runs import (
     expert_digests,
     forget_router,
@@ -102,13 +104,21 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
 
     Raises:
         UserError: the rows or the configuration are wrong, or the run folder holds another run; an expert is
-            missing, or they hold attention deltas and the configuration does not say what for.
+            missing, or they hold attention deltas and the configuration does not say what for; another command is at
+            work in the run folder.
         Stopped: a signal asked for it; state was saved.
     """
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(alone_in(Path(config.out))))
+        return _train(config, backbone, vectors)
+
+
+def _train(config: RunConfig, backbone: Backbone, vectors: Mapping[str, TaskVector]) -> Router:
     mocae, run = config.mocae_config(), RunFolder(config.out)
     check_router(config)
     check_loggers(config.logging)
     own = _own(config, vectors)
+    check_alike({"base": backbone.fingerprint, **router_settings(config)})
     start = agreed(_start(config, backbone, own, vectors))  # gamma is computed by each host
     rows = None
     if mocae.routing != "uniform":
@@ -163,6 +173,7 @@ def _keep(config: RunConfig, backbone: Backbone, run: RunFolder, router: Router,
         calibration=router.config.calibration,
         gamma=dict(zip(router.names, np.asarray(router.gamma).tolist(), strict=True)),
     )
+    shutil.rmtree(_checkpoints(run), ignore_errors=True)
 
 
 def _checkpoints(run: RunFolder) -> Path:
