@@ -15,7 +15,7 @@ if [ "${1:-}" = --dry-run ]; then
     exec bash launch/tpu_host.sh "$@"
 fi
 if [ $# -lt 4 ]; then
-    echo "usage: bash $0 NAME ZONE [--dry-run] train-experts|train-router|evaluate|generate CONFIG [--key value ...]" >&2
+    echo "usage: bash $0 NAME ZONE [--dry-run] train-experts|train-router CONFIG|evaluate|generate RUN [--key value ...]" >&2
     exit 2
 fi
 name=$1 zone=$2

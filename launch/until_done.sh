@@ -8,7 +8,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-    echo "usage: bash $0 [--dry-run] train-experts|train-router|evaluate|generate CONFIG [--key value ...]" >&2
+    echo "usage: bash $0 [--dry-run] train-experts|train-router CONFIG|evaluate|generate RUN [--key value ...]" >&2
     exit 2
 fi
 trinityx=${TRINITYX:-trinityx} # the checkout's, where it has one

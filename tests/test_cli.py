@@ -82,6 +82,7 @@ def test_unknown_command_and_flag(capsys) -> None:
     assert "--mesh.tensor: Input should be greater than or equal to 1" in refused(
         capsys, "generate", "run", "--mesh.tensor", "0"
     )
+    assert "generate: --dry-run is for train-experts and train-router" in refused(capsys, "generate", "r", "--dry-run")
     assert "Missing from trinityx convert: OUT" in refused(capsys, "convert", "a")
     folder = "a-folder-" * 30  # what is told is told whole
     assert f"Unrecognized options: {folder}" in refused(capsys, "convert", "a", "b", folder)

@@ -214,7 +214,7 @@ def evaluate(run: Run, overrides: Overrides = (), out: str | None = None) -> int
     """Perplexity, preference and routing metrics on held-out rows, with n and 95 % intervals.
 
     On other rows than the run's: --data.NAME.test (and test_format, test_fields, test_split, test_limit), with --out.
-    --evaluate.KEY overrides how.
+    --evaluate.KEY overrides how, --mesh.KEY on which devices (all, unless told).
 
     Args:
         run: run folder.
@@ -321,6 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for flag, word in itertools.pairwise(words):
             if not word:
                 raise UserError(f"{flag}: what follows it is empty")
+        if DRY_RUN in words and name not in TRAINING:
+            raise UserError(f"{name}: {DRY_RUN} is for {' and '.join(TRAINING)}")
         with interruptible():
             join_hosts()
             if jax.distributed.is_initialized() and jax.process_count() > 1 and name not in ON_MANY_HOSTS:

@@ -108,6 +108,7 @@ def compile_programs(plan: Plan, programs: Sequence[str] | None = None) -> list[
     Raises:
         UserError: libtpu does not know the topology, the mesh does not make it up, or the compiler failed.
     """
+    print(f"compiling for {plan.topology}: {', '.join(programs or PROGRAMS)}; a minute or two", file=sys.stderr)
     job = {
         "config": plan.config.model_dump(mode="json", by_alias=True),
         "geometry": dict(plan.geometry), "where": plan.config.model,
@@ -172,6 +173,7 @@ def advice(plan: Plan, path: str, overrides: Sequence[str], found: Mapping[str, 
         kept = [
             word for i in range(0, len(overrides), 2) if overrides[i] not in change for word in overrides[i : i + 2]
         ]
+        print(f"it does not fit; trying {' '.join(flags)}", file=sys.stderr)
         other = dataclasses.replace(plan, config=_with_experts(load_config(path, [*kept, *flags]), plan.stage))
         (result,) = compile_programs(other, [found["program"]])
         if result["fits"]:

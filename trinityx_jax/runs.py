@@ -151,7 +151,8 @@ def expert_folders(path: Path) -> dict[str, Path]:
     found = {p.parent.name: p.parent for kind in ("expert.json", "adapter_config.json") for p in path.glob(f"*/{kind}")}
     found = {n: folder for n, folder in found.items() if n not in under_way and not n.startswith(".")}  # being written
     if not found:
-        raise UserError(f"{path}: holds no expert (no expert.json, no adapter_config.json)")
+        hint = "" if path.exists() else "; trinityx train-experts makes a run's"
+        raise UserError(f"{path}: holds no expert (no expert.json, no adapter_config.json){hint}")
     order += sorted(found.keys() - set(order))
     return {name: found[name] for name in order if name in found}
 

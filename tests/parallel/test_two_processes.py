@@ -208,10 +208,25 @@ def test_a_signal_before_the_first_step_is_heard(processes: int) -> None:
         assert "KeyboardInterrupt" in errors and ("in heed_stop" in errors) == (processes == 2), errors[-2000:]
 
 
+@pytest.mark.parametrize("index", ["0", "1"])
+def test_hosts_that_do_not_come_are_waited_for(index: str, tiny_config: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": index}
+    command = [sys.executable, "-m", "trinityx_jax", "train-experts", str(tiny_config)]
+    done = subprocess.run(
+        command, env={**os.environ, **env, "TRINITYX_HOSTS_WAIT": "3"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 75
+    assert done.stderr.splitlines()[-1] == "trinityx: the other hosts did not come within 3 s; run again"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is needed beside JAX_PROCESS_ID"),
+        ({"TRINITYX_HOSTS": "auto", "TRINITYX_HOSTS_WAIT": "5m"}, "'5m' is no whole number of seconds"),
         ({"TRINITYX_HOSTS": "two"}, "TRINITYX_HOSTS: 'two' is not auto"),
         ({"TRINITYX_HOSTS": "auto"}, "the other hosts cannot be joined"),
     ],

@@ -47,7 +47,7 @@ def calibrate(
     Its forecast of a row's objective and, by --fit, the weights that mix the experts. It always begins with the router
     as training left it. Also measured on rows of files that nothing was trained on: --data.NAME.unseen
     (unseen_format, unseen_fields, unseen_split, unseen_limit). Test rows: --data.NAME.test (and test_*); of evaluate,
-    batch_size and bootstrap.
+    batch_size and bootstrap; --mesh.KEY.
 
     Args:
         run: run folder.

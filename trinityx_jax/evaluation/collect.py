@@ -39,7 +39,8 @@ def collect(run: RunFolder) -> dict[str, Any]:
             out["temperature"] |= {"after": float(fitted)} if fitted.ndim == 0 else {"between": _ends(fitted)}
         tests = {m: e["n"] for m, e in out.get("perplexity", {}).get("base", {}).items()}
         out["rows"] = {
-            m: {"train": a, "calibration": b, "test": tests.get(m, 0)} for m, (a, b) in facts["rows"].items()
+            m: {"train": a, "calibration": b, "test": tests.get(m, 0 if tests else None)}
+            for m, (a, b) in facts["rows"].items()
         }
     out["settings"] = _training_settings(info["settings"])
     timings = {k.removeprefix("quickstart/"): v["seconds"] for k, v in stages.items() if "seconds" in v}
@@ -119,6 +120,8 @@ def _model(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _commands(run: RunFolder) -> list[str]:
+    if run.done("router") is None:
+        return [f"trinityx vectors show {run.path}", f"trinityx export {run.path} OUT --format peft"]
     return [
         f'trinityx generate {run.path} --prompt "What should I cook tonight?" --show-routing',
         f"trinityx vectors show {run.path}",

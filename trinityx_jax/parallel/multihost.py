@@ -9,7 +9,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from jax.experimental import multihost_utils
 
 from trinityx_jax.errors import UserError
 
+WAIT = "TRINITYX_HOSTS_WAIT"  # seconds that the other hosts may take to come
+TOLD, STOPPED = 20.0, 75  # seconds until it is said that they are waited for; the exit code where they do not come
 HOSTS = "TRINITYX_HOSTS"  # "auto": JAX finds the other hosts by the launcher (Slurm, TPU VM, JobSet, Open MPI)
 ADDRESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _questions = itertools.count(1)  # whether to stop, by number: JAX settles on one that no host has asked yet
@@ -46,9 +49,11 @@ def join_hosts() -> None:
             if missing:
                 raise UserError(f"{missing[0]} is needed beside {given[0]}")
             count, index = (int(os.environ[name]) for name in ADDRESS[1:])
-            jax.distributed.initialize(os.environ[ADDRESS[0]], count, index)
+            with _waiting() as seconds:
+                jax.distributed.initialize(os.environ[ADDRESS[0]], count, index, initialization_timeout=seconds)
         else:
-            jax.distributed.initialize()
+            with _waiting() as seconds:
+                jax.distributed.initialize(initialization_timeout=seconds)
     except ValueError as error:
         raise UserError(f"the other hosts cannot be joined ({str(error).splitlines()[0]})") from error
     except RuntimeError as error:  # they are late, or gone
@@ -62,6 +67,31 @@ def join_hosts() -> None:
     if not is_first():
         logging.getLogger().setLevel(logging.ERROR)  # the first says it
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+@contextlib.contextmanager
+def _waiting() -> Iterator[int]:
+    """Ends the process after a while, as ``HostsMissing`` does; gives a longer time, after which JAX would abort it."""
+    seconds = os.environ.get(WAIT, "300")
+    if not seconds.isdecimal() or not 0 < int(seconds) < 10**6:
+        raise UserError(f"{WAIT}: {seconds!r} is no whole number of seconds")
+
+    def say() -> None:
+        print(f"trinityx: waits for the other hosts, {seconds} s at most", file=sys.stderr, flush=True)
+
+    def give_up() -> None:
+        print(f"trinityx: the other hosts did not come within {seconds} s; run again", file=sys.stderr, flush=True)
+        os._exit(STOPPED)  # the main thread is within JAX, which hears of nothing
+
+    timers = [threading.Timer(TOLD, say), threading.Timer(int(seconds), give_up)]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield int(seconds) + 60
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 def _alone_on_host() -> bool:

@@ -264,6 +264,9 @@ class _Group:
                 raise UserError(f"expert {name}: no step had a finite loss, gradient and result; nothing was learned")
             if skipped:
                 log.warning("expert %s: %d steps were not finite and changed nothing", name, skipped)
+        if state.best_step is not None:
+            for name, best in zip(self.names, state.best_step.tolist(), strict=True):
+                print(f"expert {name}: step {best} of {self.totals[name]} is kept, the lowest loss on held-out rows")
         return self.vectors(state)
 
     def start(self) -> TrainState:

@@ -72,6 +72,8 @@ def run_steps(
     checkpoints = Checkpoints(folder, config.checkpoint, about)
     state = checkpoints.restore(state)
     index = int(state.step)
+    if index:
+        print(f"{stage}: goes on after step {index}")
     trace = _Trace(config, total, index)
     recorder = Recorder(config, work, stage, index)
     try:

@@ -77,6 +77,7 @@ class RouterWork:
         step, leaves = int(state.step), state.params
         if state.best is not None and state.best_step is not None:
             step, leaves = int(state.best_step), state.best
+            print(f"router: step {step} of {self.total} is kept, the lowest loss on held-out rows")
         trained, experts = on_this_host((leaves, self.experts), self.mesh)
         return *after_stage_2(trained, self._at(step), experts), step
 
