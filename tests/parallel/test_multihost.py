@@ -18,7 +18,9 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Devices that JAX was told to take, after a launcher's detection that takes one a process, as under Slurm."""
     told: list[str] = []
     monkeypatch.setenv("TRINITYX_HOSTS", "auto")
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a: jax.config.update("jax_cuda_visible_devices", "0"))
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *a, **o: jax.config.update("jax_cuda_visible_devices", "0")
+    )
     monkeypatch.setattr(jax.config, "update", lambda name, value: told.append(f"{name}={value}"))
     return told
 
@@ -41,7 +43,7 @@ def test_hosts_that_are_late_are_another_thing_than_none(
 ) -> None:
     """The first are worth another try."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **options: object) -> None:
         raise raised("DEADLINE_EXCEEDED: Barrier timed out\nmore")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
