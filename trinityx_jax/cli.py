@@ -24,12 +24,12 @@ from trinityx_jax.commands.common import NO, OK, Config, Out, Overrides, Run, So
 from trinityx_jax.commands.parsing import asked
 from trinityx_jax.errors import UserError
 from trinityx_jax.parallel.compilation import keep_compiled
-from trinityx_jax.parallel.multihost import HostsMissing, join_hosts
+from trinityx_jax.parallel.multihost import STOPPED, HostsMissing, join_hosts
 from trinityx_jax.sections import MeshConfig
 from trinityx_jax.signals import interruptible
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-BAD_INPUT, STOPPED = 2, 75
+BAD_INPUT = 2
 DRY_RUN = "--dry-run"
 TRAINING = ("train-experts", "train-router")
 ON_MANY_HOSTS = (*TRAINING, "evaluate", "generate")
@@ -106,8 +106,9 @@ def train_experts(config: Config, overrides: Overrides = (), dry_run: bool = Fal
         return _dry_run(config, overrides, "experts")
     from trinityx_jax.config import load_config
     from trinityx_jax.convert.load import load_backbone
-    from trinityx_jax.run_folder import RunFolder, check_alike
+    from trinityx_jax.run_folder import RunFolder
     from trinityx_jax.training import expert_stage
+    from trinityx_jax.training.admission import check_alike
 
     settings = load_config(config, overrides, "experts")
     check_alike(settings.model_dump(mode="json", by_alias=True))
@@ -133,8 +134,9 @@ def train_router(config: Config, overrides: Overrides = (), dry_run: bool = Fals
         return _dry_run(config, overrides, "router")
     from trinityx_jax.config import load_config
     from trinityx_jax.convert.load import load_backbone
-    from trinityx_jax.run_folder import RunFolder, check_alike
+    from trinityx_jax.run_folder import RunFolder
     from trinityx_jax.training import router_stage
+    from trinityx_jax.training.admission import check_alike
 
     settings = load_config(config, overrides, "router")
     check_alike(settings.model_dump(mode="json", by_alias=True))

@@ -152,7 +152,7 @@ def write_text(path: Path | str, text: str) -> None:
 def write_bytes(path: Path | str, content: bytes) -> None:
     """``write_text`` of bytes."""
     path = Path(path)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -163,8 +163,6 @@ def write_bytes(path: Path | str, content: bytes) -> None:
         finally:
             if os.path.exists(name):
                 os.unlink(name)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def write_json(path: Path | str, value: Any) -> None:

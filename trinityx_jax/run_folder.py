@@ -14,7 +14,6 @@ import jax
 from trinityx_jax.backbone import Backbone
 from trinityx_jax.errors import UserError
 from trinityx_jax.files import read_json, write_json
-from trinityx_jax.parallel.multihost import first_text, on_all
 
 log = logging.getLogger(__name__)
 FORMAT = 1  # of run.json, expert.json and router.json
@@ -112,7 +111,7 @@ class RunFolder:
         kept = {key: value for key, value in begun.items() if key in only} if only else begun
         if not only and "dtype" in settings and not self._is_done(stage):
             kept = {**kept, "dtype": settings["dtype"]}
-        return _difference(kept, json.loads(json.dumps(settings)))
+        return difference(kept, json.loads(json.dumps(settings)))
 
     def _is_done(self, stage: str) -> bool:
         """Whether a stage, or an expert's (``experts/NAME``), is."""
@@ -170,25 +169,11 @@ def metrics_entry(line: str) -> dict[str, Any] | None:
     return found
 
 
-def check_alike(value: Mapping[str, Any]) -> None:
-    """That all hosts were given the same; each must ask.
-
-    Raises:
-        UserError: one of them was not; there and at the first it says what.
-    """
-    own = json.loads(json.dumps(value))
-    key = _difference(json.loads(first_text(json.dumps(own))), own)
-    if not on_all(key is None):
-        raise UserError(
-            "another host was given other words, files or settings than the first" if key is None else
-            f"{key}: is not what the first host was given"
-        )  # fmt: skip
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str | None:
+def difference(old: Any, new: Any, path: str = "") -> str | None:
+    """The first key, by its path, at which two nested mappings differ; None where they are equal."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return None if old == new else path
-    found = (_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in {**new, **old})
+    found = (difference(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in {**new, **old})
     return next((place for place in found if place is not None), None)
 
 

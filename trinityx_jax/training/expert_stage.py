@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
@@ -23,11 +22,11 @@ from trinityx_jax.config import RunConfig, save_config
 from trinityx_jax.data.batching import Batch, TrainingBatches, validation_batches
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import TaskVector, unstack
-from trinityx_jax.files import alone_in
 from trinityx_jax.parallel.multihost import on_first
 from trinityx_jax.parallel.sharding import mesh_of, on_this_host, put, replicated
-from trinityx_jax.run_folder import RunFolder, check_alike
+from trinityx_jax.run_folder import RunFolder
 from trinityx_jax.runs import forget_router, save_experts
+from trinityx_jax.training.admission import alone, check_alike
 from trinityx_jax.training.checkpoint import check_about, under_way
 from trinityx_jax.training.flops import expert_flops
 from trinityx_jax.training.loggers import check_loggers
@@ -91,8 +90,7 @@ def train_experts(config: RunConfig, backbone: Backbone) -> dict[str, TaskVector
             at work in it.
         Stopped: a signal asked for it; state was saved.
     """
-    with contextlib.ExitStack() as stack:
-        on_first(lambda: stack.enter_context(alone_in(Path(config.out))))
+    with alone(config.out):
         return _train(config, backbone)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import shutil
@@ -18,12 +17,11 @@ from trinityx_jax.config import SCRATCH, RunConfig, save_config
 from trinityx_jax.data.templates import Encoded
 from trinityx_jax.errors import UserError
 from trinityx_jax.experts import ATTENTION, TaskVector, gamma, init_expert, stack, unstack
-from trinityx_jax.files import alone_in
 from trinityx_jax.mocae import Router, init_router
 from trinityx_jax.mocae.attention import check_policy
 from trinityx_jax.mocae.router import extended
 from trinityx_jax.parallel.multihost import agreed, on_first
-from trinityx_jax.run_folder import UNCALIBRATED, RunFolder, check_alike
+from trinityx_jax.run_folder import UNCALIBRATED, RunFolder
 from trinityx_jax.runs import (
     expert_digests,
     forget_router,
@@ -34,6 +32,7 @@ from trinityx_jax.runs import (
     save_experts,
     save_router,
 )
+from trinityx_jax.training.admission import alone, check_alike
 from trinityx_jax.training.calibration import RoutingReader, calibrate
 from trinityx_jax.training.checkpoint import check_about, under_way
 from trinityx_jax.training.loggers import check_loggers
@@ -108,8 +107,7 @@ def train_router(config: RunConfig, backbone: Backbone, vectors: Mapping[str, Ta
             work in the run folder.
         Stopped: a signal asked for it; state was saved.
     """
-    with contextlib.ExitStack() as stack:
-        on_first(lambda: stack.enter_context(alone_in(Path(config.out))))
+    with alone(config.out):
         return _train(config, backbone, vectors)
 
 
